@@ -1,0 +1,42 @@
+PYTHON ?= python3
+PRESET ?= colab
+SEED ?= 42
+DEMO := runs/demo
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SUITE := $(BIN)/python -m wmhlib.suite
+
+.PHONY: help demo test pipeline predict notebooks lint
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: .venv/installed  ## notebooks 01-05 on a synthetic cohort: SEED=42 RUN=runs/demo
+	$(SUITE) --preset demo --seed $(SEED) --run "$(or $(RUN),$(DEMO))"
+
+pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM=zenodo OVERRIDES=
+	$(SUITE) --preset $(PRESET) --seed $(SEED) --run "$(or $(RUN),runs/$(PRESET))" --data "$(DATA)" --source "$(SOURCE)" \
+	  --medsam "$(MEDSAM)" --overrides "$(OVERRIDES)"
+
+predict: .venv/installed  ## notebook 06 on one scan: FLAIR=path OUT=folder T1=path RUN=runs/demo
+	$(SUITE) predict --run "$(or $(RUN),$(DEMO))" --flair "$(FLAIR)" --t1 "$(T1)" --out "$(OUT)"
+
+test: .venv/tests  ## every test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/tests  ## ruff on library, notebooks and tests
+	$(BIN)/ruff check wmhlib notebooks tests
+
+notebooks: .venv/installed  ## the .ipynb from their .py
+	$(SUITE) notebooks
+
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	@echo "installing into .venv (once; about a gigabyte of packages)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/tests: .venv/installed
+	$(PIP) --editable '.[test]'
+	@touch $@

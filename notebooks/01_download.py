@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/01_download.ipynb)
+#
+# # 1 · Data and recipe
+#
+# Opens a run folder, brings in the cases and checks every one of them.
+# The demo preset makes its own synthetic cohort; your scans, the Kaggle mirror or DataverseNL serve the others.
+#
+# Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false"`.
+#
+# The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
+
+# %% tags=["bootstrap"]
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if "google.colab" in sys.modules and not find_spec("wmhlib"):
+    if not Path("/content/wmh-lora").exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "https://github.com/wmh-lora/wmh-lora", "/content/wmh-lora"],
+                       check=True)
+    sys.path.insert(0, "/content/wmh-lora")
+
+from wmhlib.workspace import bootstrap
+
+root = bootstrap()
+
+# %% tags=["parameters"]
+preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
+run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+data_dir: str = ""  # folder of cases (challenge or BIDS layout), or where a download goes; empty: <run folder>/data
+source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic
+medsam: str = ""  # weights of the encoder: empty for the recipe's own, zenodo to fetch MedSAM, or a checkpoint file
+seed: int = 42  # of everything random
+overrides: str = ""  # settings to change, the way the text above shows
+
+# %% [markdown]
+# The recipe is written once. The run folder refuses another one later, so that its files always belong together.
+
+# %%
+from IPython.display import Markdown, display
+
+from wmhlib import cohort, download, report, settings
+from wmhlib.workspace import RunFolder, write_table
+
+recipe = settings.preset(preset, f"seed={seed} {overrides}")
+run = download.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)
+print(f"run folder {run.path}")
+
+# %% [markdown]
+# The cases come from wherever `source` says; what is already there is kept.
+
+# %%
+folder = download.get_cohort(run, source, data_dir)
+cases = cohort.find_cases(folder)
+print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_dict()}")
+
+# %% [markdown]
+# Every file is read now, so that a damaged scan or a mask on another grid stops here and not in the middle of training.
+
+# %%
+checks = cohort.check_cases(cases)
+write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
+checks
+
+# %% [markdown]
+# One case of each site, as the network will see it. A look at this page finds what no check does.
+
+# %%
+shown = cohort.examples(cases)
+figure = report.cohort_figure(shown)
+report.save_figure(figure, run.figures / "cohort.png")
+display(figure, Markdown(report.caption("cohort", cohort.describe(cases), len(shown))))

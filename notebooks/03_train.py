@@ -1,0 +1,73 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/03_train.ipynb)
+#
+# # 3 · Training
+#
+# Trains the adapters, the decoder and the channel adapter; the encoder stays frozen.
+# Stopped at any moment and run again, it goes on from the last checkpoint and ends with the same weights.
+#
+# The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
+
+# %% tags=["bootstrap"]
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if "google.colab" in sys.modules and not find_spec("wmhlib"):
+    if not Path("/content/wmh-lora").exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "https://github.com/wmh-lora/wmh-lora", "/content/wmh-lora"],
+                       check=True)
+    sys.path.insert(0, "/content/wmh-lora")
+
+from wmhlib.workspace import bootstrap
+
+root = bootstrap()
+
+# %% tags=["parameters"]
+preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
+run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+
+# %% [markdown]
+# Recipe and split say all there is to say; nothing is chosen here.
+
+# %%
+from IPython.display import Markdown, display
+
+from wmhlib import cohort, report, training
+from wmhlib.workspace import RunFolder, read_table
+
+run = RunFolder(run_dir or f"{root}/{preset}")
+run.recipe(preset)
+split = read_table(run.need(run.split_csv, "02_split"))
+
+# %% [markdown]
+# One line an epoch. A star marks the best validation Dice so far, whose weights are kept.
+
+# %%
+history = training.fit(run)
+history.tail()
+
+# %% [markdown]
+# The curves tell whether training was long enough and whether it went on too long.
+
+# %%
+figure = report.training_curves(history)
+report.save_figure(figure, run.figures / "training_curves.png")
+data = cohort.describe(read_table(run.cohort_csv))
+display(figure, Markdown(report.caption("training_curves", data, (split.split == "train").sum())))

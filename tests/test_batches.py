@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wmhlib.batches import CaseSlices, augment, draw_slices, drop_modalities, stack_slices
+from wmhlib.settings import Augment, Inputs
+from wmhlib.volumes import AIR, BRIGHTEST
+
+OFF = Augment(rotation=0, scale=0, flips=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
+
+
+def case(name, depth=40, lesions=(3, 4, 20), modalities=1):
+    images = torch.arange(depth * modalities).view(modalities, depth, 1, 1).expand(-1, -1, 16, 16).half()
+    labels = torch.zeros(depth, 16, 16, dtype=torch.uint8)
+    labels[list(lesions), 5, 6] = 1
+    labels[10, 2, 2] = 2
+    return CaseSlices(name, images, labels)
+
+
+def batch(n=4, channels=1):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(n, channels, 32, 32, generator=generator)
+    return images, (images[:, :1] > 1).byte()
+
+
+def test_every_lesion_slice_is_drawn_and_the_given_share_of_the_others():
+    drawn = draw_slices([case("a"), case("b")], 0.1, seed=1)
+    for number in (0, 1):
+        slices = {z for i, z in drawn if i == number}
+        assert {3, 4, 20} <= slices and len(slices) == 3 + 4
+
+
+def test_drawing_depends_on_seed_and_case_alone():
+    alone, together = draw_slices([case("b")], 0.2, 1), draw_slices([case("a"), case("b")], 0.2, 1)
+    assert [z for _, z in alone] == [z for i, z in together if i == 1]
+    assert alone != draw_slices([case("b")], 0.2, 2)
+
+
+def test_slices_of_air_are_never_drawn():
+    empty = case("a")
+    empty.images[:, 25:] = AIR
+    assert max(z for _, z in draw_slices([empty], 1.0, 0)) == 24
+
+
+def test_neighbours_come_in_order_and_repeat_at_the_ends():
+    images, labels = stack_slices([case("a", modalities=2)], [(0, 0), (0, 39)], context=1)
+    assert images[:, :, 0, 0].tolist() == [[0, 0, 1, 40, 40, 41], [38, 39, 39, 78, 79, 79]]
+    assert labels.shape == (2, 1, 16, 16)
+
+
+def test_augmentation_off_is_the_identity():
+    images, labels = batch()
+    found, found_labels = augment(images, labels, OFF, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, images, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found_labels, labels)
+
+
+@pytest.mark.parametrize("setting", ["flips", "rotate90"])
+def test_flips_and_quarter_turns_move_image_and_labels_as_one_and_lose_nothing(setting):
+    images, labels = batch(64)
+    found, found_labels = augment(images, labels, replace(OFF, **{setting: True}), torch.Generator().manual_seed(0))
+    assert not torch.allclose(found, images)
+    torch.testing.assert_close(found.flatten(1).sort().values, images.flatten(1).sort().values, atol=1e-4, rtol=1e-4)
+    sure = (found - 1).abs() > 1e-3
+    assert torch.equal((found > 1)[sure], found_labels.bool()[sure])
+
+
+def test_the_same_generator_gives_the_same_batch_within_the_range():
+    images, labels = batch(channels=3)
+    first, second = (augment(images, labels, Augment(bias_field=0.3), torch.Generator().manual_seed(5))[0] for _ in range(2))
+    assert torch.equal(first, second) and first.min() >= AIR and first.max() <= BRIGHTEST
+    assert not torch.allclose(first[0] - images[0], first[1] - images[1])
+
+
+def test_an_absent_modality_stays_blank():
+    images, labels = batch(channels=2)
+    images[0, 1] = 0
+    found, _ = augment(images, labels, Augment(), torch.Generator().manual_seed(0))
+    assert not found[0, 1].any() and found[1, 1].any()
+
+
+def test_modality_dropout_blanks_t1_alone_in_the_given_share():
+    inputs = Inputs(modalities=("flair", "t1"), context=1, modality_dropout=0.3)
+    images = torch.ones(2000, 6, 1, 1)
+    found = drop_modalities(images, inputs, torch.Generator().manual_seed(0))
+    assert found[:, :3].all() and torch.equal(found[:, 3], found[:, 5])
+    assert found[:, 3].mean().item() == pytest.approx(0.7, abs=0.04)
+    assert drop_modalities(images, Inputs(), torch.Generator()) is images

@@ -1,0 +1,124 @@
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from wmhlib.engine import _VIEWS, WMHInferenceEngine, turn, unturn
+from wmhlib.errors import CheckpointError, InputError, MissingStepError
+from wmhlib.network import WMHNet, load_network, save_weights
+from wmhlib.phantom import write_cohort
+from wmhlib.settings import preset
+from wmhlib.volumes import load_case
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_cohort(tmp_path_factory.mktemp("cohort"), 3, seed=5, scale=3.0, progress=False)
+
+
+def network(overrides=""):
+    torch.manual_seed(0)
+    model = WMHNet(preset("smoke", overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("count", _VIEWS)
+def test_the_views_are_distinct_and_each_is_undone(count):
+    image = torch.randn(1, 1, 5, 5)
+    views = [turn(image, *view) for view in _VIEWS[count]]
+    assert len(views) == count and torch.equal(views[0], image)
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+    assert all(torch.equal(unturn(turned, *view), image) for turned, view in zip(views, _VIEWS[count], strict=True))
+
+
+def test_probabilities_lie_on_the_scans_own_grid_and_tta_is_the_mean_over_views(cohort):
+    engine = WMHInferenceEngine(model=network("operating.views=8"), device="cpu", img_size=64)
+    flair = cohort.flair[0]
+    prob, reference = engine.predict_volume_probs(flair, use_tta=True)
+    assert prob.shape == nib.load(flair).shape and prob.dtype == np.float32 and 0 <= prob.min() <= prob.max() <= 1
+    assert np.array_equal(reference.affine, nib.load(flair).affine)
+    plain, _ = engine.predict_volume_probs(flair, use_tta=False)
+    prediction = engine.predict(load_case(flair, inputs=engine.recipe.inputs))
+    assert np.array_equal(prediction.prob, plain) and np.array_equal(prediction.prob_tta, prob)
+    assert prediction.spread.max() > 0 and not np.array_equal(plain, prob)
+
+
+def test_tta_of_a_turned_canvas_is_the_turned_tta():
+    engine = WMHInferenceEngine(network("operating.views=8"))
+    image = torch.randn(2, 1, 64, 64)
+    mean = engine._views(image, 8).mean(0)
+    torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), 8).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
+
+
+def test_threshold_and_component_filter():
+    prob = np.zeros((6, 6, 6), np.float32)
+    prob[0, 0, 0], prob[3:5, 3, 3], prob[5, 4, 4] = 0.9, 0.6, 0.7
+    mask = WMHInferenceEngine.apply_threshold(prob, threshold=0.60)
+    assert mask.sum() == 4
+    kept = WMHInferenceEngine.cc_filter(mask, min_v=3)
+    assert kept.sum() == 3 and not kept[0, 0, 0] and kept[5, 4, 4]
+
+
+def test_written_files_overlay_the_scan_exactly(cohort, tmp_path):
+    engine, flair = WMHInferenceEngine(network()), cohort.flair[1]
+    threshold = float(np.quantile(engine.predict_volume_probs(flair)[0], 0.98))
+    engine.point |= {"threshold": threshold, "min_voxels": 2}
+    paths = engine.predict_file(flair, tmp_path / "out")
+    scan = nib.load(flair)
+    mask, prob, spread = (nib.load(paths[name]) for name in ("mask", "probability", "spread"))
+    for image in (mask, prob, spread):
+        assert np.array_equal(image.affine, scan.affine) and image.shape == scan.shape
+        assert image.header["sform_code"] == scan.header["sform_code"]
+    assert mask.get_data_dtype() == np.uint8 and prob.get_data_dtype() == np.float32
+    lesions, summary = pd.read_csv(paths["lesions"]), pd.read_csv(paths["summary"])
+    assert lesions.voxels.sum() == np.asarray(mask.dataobj).sum() and lesions.voxels.min() >= 2
+    assert summary.volume_ml[0] == pytest.approx(lesions.volume_ml.sum(), rel=1e-4) and summary.lesions[0] == len(lesions)
+
+
+def test_a_bad_scan_leaves_nothing_behind(tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="bad.nii.gz"):
+        WMHInferenceEngine(network()).predict_file(tmp_path / "bad.nii.gz", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.nii.gz"]
+
+
+def test_weights_come_back_exactly_with_batchnorm_statistics(tmp_path):
+    model = network().train()
+    model(torch.randn(2, 1, 64, 64))
+    save_weights(model, model.recipe, tmp_path / "w.safetensors")
+    again, recipe = load_network(tmp_path / "w.safetensors")
+    image = torch.randn(1, 1, 64, 64)
+    base, _ = load_network(tmp_path / "w.safetensors")
+    assert recipe == model.recipe and torch.equal(base(image)[0], again(image)[0])
+    statistics = [name for name in model.state_dict() if name.endswith("running_mean")]
+    assert statistics and all(torch.equal(model.state_dict()[name], again.state_dict()[name]) for name in statistics)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    model = network()
+    with pytest.raises(CheckpointError, match="unexpected decoder"):
+        model.load_trained_state({**model.trained_state(), "decoder.extra": torch.zeros(1)}, "w")
+    with pytest.raises(CheckpointError, match="missing channel_adapter.0.weight"):
+        model.load_trained_state({k: v for k, v in model.trained_state().items() if k != "channel_adapter.0.weight"}, "w")
+    save_weights(model, preset("smoke", "seed=7"), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="were trained on the base"):
+        load_network(tmp_path / "w.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cut.safetensors cannot be read"):
+        load_network(tmp_path / "cut.safetensors")
+
+
+def test_a_run_without_weights_names_the_notebook_to_run(tmp_path):
+    with pytest.raises(MissingStepError, match="03_train"):
+        WMHInferenceEngine.from_run(tmp_path)
+
+
+def test_t1_weights_run_on_flair_alone(cohort):
+    engine = WMHInferenceEngine(network("inputs.modalities=['flair','t1'] inputs.context=1"))
+    alone, _ = engine.predict_volume_probs(cohort.flair[0])
+    both, _ = engine.predict_volume_probs(cohort.flair[0], t1=cohort.t1[0])
+    assert alone.shape == both.shape and not np.array_equal(alone, both)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from monai.losses import DiceLoss, FocalLoss
+
+from wmhlib.losses import boundary_loss, dice_loss, focal_loss, total_loss
+from wmhlib.settings import Loss
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 32, 32, generator=generator)
+    labels = (torch.rand(2, 1, 32, 32, generator=generator) > 0.9).byte()
+    return logits, labels, torch.ones_like(logits)
+
+
+def test_focal_equals_monais(batch):
+    logits, labels, valid = batch
+    expected = FocalLoss(alpha=0.75, gamma=2.0)(logits, labels.float())
+    torch.testing.assert_close(focal_loss(logits, labels.float(), valid, 0.75, 2.0), expected)
+
+
+def test_dice_equals_monais_over_a_batch(batch):
+    logits, labels, valid = batch
+    expected = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits, labels.float())
+    torch.testing.assert_close(dice_loss(logits, labels.float(), valid), expected)
+
+
+def test_boundary_loss_of_weight_one_is_plain_cross_entropy(batch):
+    logits, labels, valid = batch
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    torch.testing.assert_close(boundary_loss(logits, labels.float(), valid, 1.0), expected)
+
+
+def test_boundary_pixels_weigh_more_on_both_sides_of_the_border():
+    target = torch.zeros(1, 1, 9, 9)
+    target[..., 2:7, 2:7] = 1
+
+    def effect(row, column):
+        logits = torch.zeros(1, 1, 9, 9)
+        logits[..., row, column] = -3 if target[0, 0, row, column] else 3
+        base = boundary_loss(torch.zeros_like(logits), target, torch.ones_like(target), 3.0)
+        return float(boundary_loss(logits, target, torch.ones_like(target), 3.0) - base)
+
+    middle, inside, outside, far = effect(4, 4), effect(2, 4), effect(1, 4), effect(0, 0)
+    assert inside == pytest.approx(3 * middle, rel=1e-4) and outside == pytest.approx(inside, rel=1e-4)
+    assert far == pytest.approx(middle, rel=1e-4)
+
+
+def test_other_pathology_has_no_gradient_at_any_scale(batch):
+    fused = batch[0].clone().requires_grad_()
+    scales = [torch.zeros(2, 1, 32 // f, 32 // f, requires_grad=True) for f in (1, 2, 4, 8)]
+    labels = batch[1].clone()
+    labels[..., :8, :8] = 2
+    total_loss(fused, scales, labels, Loss())[0].backward()
+    assert not fused.grad[..., :8, :8].any() and fused.grad[..., 8:, 8:].all()
+    for factor, scale in zip((1, 2, 4, 8), scales, strict=True):
+        assert not scale.grad[..., : 8 // factor, : 8 // factor].any() and scale.grad.any()
+
+
+def test_a_lesion_of_one_pixel_is_a_target_at_every_scale():
+    labels = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    labels[..., 13, 21] = 1
+    scales = [torch.zeros(1, 1, 32 // f, 32 // f, requires_grad=True) for f in (1, 2, 4, 8)]
+    total_loss(torch.zeros(1, 1, 32, 32), scales, labels, Loss())[0].backward()
+    for factor, scale in zip((1, 2, 4, 8), scales, strict=True):
+        assert scale.grad[0, 0, 13 // factor, 21 // factor] < 0 and (scale.grad < 0).sum() == 1
+
+
+def test_the_parts_add_up_and_a_perfect_answer_costs_nothing(batch):
+    logits, labels, _ = batch
+    scales = [logits, *(torch.zeros(2, 1, 32 // f, 32 // f) for f in (2, 4, 8))]
+    loss, parts = total_loss(logits, scales, labels, Loss())
+    assert set(parts) == {"focal", "dice", "boundary", "scales"} and float(loss) == pytest.approx(float(sum(parts.values())))
+    sure = [40.0 * (2 * torch.nn.functional.max_pool2d(labels.float(), f) - 1) for f in (1, 2, 4, 8)]
+    assert float(total_loss(sure[0], sure, labels, Loss())[0]) < 1e-3

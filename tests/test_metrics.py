@@ -1,0 +1,167 @@
+"""The challenge's scores against independent references and their limits; components, intervals and agreement."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from wmhlib import InputError
+from wmhlib.metrics import (
+    bland_altman,
+    bootstrap_ci,
+    challenge_scores,
+    filter_components,
+    label_components,
+    lesion_table,
+    r_squared,
+    volume_ml,
+)
+
+SPACING = (0.9, 1.1, 3.0)
+masks = arrays(np.uint8, (6, 5, 4), elements=st.sampled_from([0, 0, 0, 1]))
+
+
+def blobs(seed, shape=(40, 36, 12), share=0.03):
+    """Smooth random lesions touching the image's edges, about `share` of the volume."""
+    smooth = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), (2, 2, 1), mode="wrap")
+    return smooth > np.quantile(smooth, 1 - share)
+
+
+def sitk_scores(reference, result, spacing):
+    """Dice, HD95, AVD, recall and F1 by SimpleITK's filters and brute-force distances."""
+    def image(array):
+        out = sitk.GetImageFromArray(np.ascontiguousarray(array.T, np.uint8))
+        out.SetSpacing(spacing)
+        return out
+
+    result = np.where(reference == 2, 0, result)
+    t, r = image(reference == 1), image(result)
+    overlap = sitk.LabelOverlapMeasuresImageFilter()
+    overlap.Execute(t, r)
+    points = []
+    for mask in (t, r):
+        border = sitk.GetArrayFromImage(sitk.Subtract(mask, sitk.BinaryErode(mask, (1, 1, 0), sitk.sitkBox)))
+        points.append(np.argwhere(border.T) * spacing)
+    far = np.sqrt(((points[0][:, None] - points[1][None]) ** 2).sum(-1))
+
+    def hit(mask, other):
+        labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(mask, True))
+        return np.mean([(sitk.GetArrayFromImage(other)[labels == i] > 0).any() for i in range(1, labels.max() + 1)])
+
+    recall, precision = hit(t, r), hit(r, t)
+    size = (reference == 1).sum()
+    return dict(dsc=overlap.GetDiceCoefficient(),
+                hd95=max(np.percentile(far.min(1), 95), np.percentile(far.min(0), 95)),
+                avd=100 * abs(int(size) - int(result.sum())) / size,
+                recall=recall, f1=2 * recall * precision / (recall + precision))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_scores_equal_an_independent_reference(seed, dtype):
+    reference = blobs(seed).astype(dtype)
+    reference[blobs(seed + 50, share=0.01)] = 2
+    result = blobs(seed) & (np.random.default_rng(seed).random(reference.shape) < 0.9) | blobs(seed + 100, share=0.005)
+    expected = sitk_scores(reference, result, SPACING)
+    assert challenge_scores(reference, result, SPACING) == pytest.approx(expected, abs=1e-6)
+
+
+EMPTY = np.zeros((5, 5, 3), np.uint8)
+FULL = np.pad(np.ones((2, 2, 1), np.uint8), ((1, 2), (1, 2), (1, 1)))
+
+
+@pytest.mark.parametrize("reference, result, expected", [
+    (EMPTY, EMPTY, (np.nan, np.nan, np.nan, 1, 1)),
+    (EMPTY, FULL, (0, np.nan, np.nan, 1, 0)),
+    (FULL, EMPTY, (0, np.nan, 100, 0, 0)),
+    (2 * FULL, FULL, (np.nan, np.nan, np.nan, 1, 1)),
+    (FULL, np.roll(FULL, 2, 0), (0, 2 * SPACING[0], 0, 0, 0)),
+])
+def test_limit_cases(reference, result, expected):
+    scores = challenge_scores(reference, result, SPACING)
+    assert list(scores.values()) == pytest.approx(list(expected), nan_ok=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks, masks)
+def test_properties(a, b):
+    scores, swapped = challenge_scores(a, b, SPACING), challenge_scores(b, a, SPACING)
+    for name in ("dsc", "hd95"):
+        assert scores[name] == pytest.approx(swapped[name], nan_ok=True)
+    same = challenge_scores(a, a, SPACING)
+    if a.any():
+        assert (same["dsc"], same["avd"], same["recall"], same["f1"]) == (1, 0, 1, 1) and not same["hd95"] > 0
+    assert label_components(a)[1] == ndimage.label(a, np.ones((3, 3, 3)))[1]
+    kept = filter_components(a, 3)
+    assert (kept <= a.astype(bool)).all() and (filter_components(kept, 3) == kept).all()
+
+
+def test_other_pathology_counts_neither_way():
+    reference, result = blobs(1).astype(np.uint8), blobs(2)
+    reference[:, :, :3] = 2
+    emptied = result.copy()
+    emptied[:, :, :3] = False
+    assert challenge_scores(reference, result, SPACING) == challenge_scores(reference, emptied, SPACING)
+
+
+@pytest.mark.parametrize("result, spacing", [(FULL[:-1], SPACING), (FULL, (1, 1)), (FULL, (1, 0, 1))])
+def test_scores_refuse_what_cannot_be_compared(result, spacing):
+    with pytest.raises(InputError, match="expected"):
+        challenge_scores(FULL, result, spacing)
+
+
+def test_small_components_go_and_diagonal_neighbours_stay_together():
+    mask = np.zeros((6, 6, 4), bool)
+    mask[0, 0, 0] = mask[1, 1, 1] = mask[2, 2, 2] = mask[5, 5, 0] = True
+    assert filter_components(mask, 3).sum() == 3 and filter_components(mask, 1).sum() == 4
+    assert not filter_components(mask, 4).any() and not filter_components(mask & False, 1).any()
+
+
+def test_volume_counts_label_1_only():
+    assert volume_ml(np.array([[[0, 1, 2, 1]]], np.uint8), (1, 2, 5)) == pytest.approx(0.02)
+
+
+def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_ci(rng.normal(size=40), seed=i, n=400)[1:3] for i in range(200)]
+    assert 0.88 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.98
+
+
+def test_bootstrap_counts_nans_and_repeats():
+    assert bootstrap_ci([1, np.nan, 3], seed=1) == bootstrap_ci([1, np.nan, 3], seed=1)
+    assert bootstrap_ci([1, np.nan, 3], seed=1)[::3] == (2, 1)
+    assert bootstrap_ci([4.0], seed=1) == pytest.approx((4, np.nan, np.nan, 0), nan_ok=True)
+    assert np.isnan(bootstrap_ci([np.nan], seed=1)[0])
+
+
+def test_bland_altman_by_hand():
+    agreement = bland_altman([1, 2, 3, 4], [2, 2, 5, 5])
+    sd = np.sqrt(2 / 3)
+    assert (agreement["bias"], agreement["sd"]) == pytest.approx((1, sd))
+    assert agreement["loa_low"] == pytest.approx(1 - 1.96 * sd)
+    assert agreement["bias_ci"] == pytest.approx((1 - 3.182446 * sd / 2, 1 + 3.182446 * sd / 2), abs=1e-5)
+    half = 3.182446 * sd * np.sqrt(1 / 4 + 1.96**2 / 6)
+    assert agreement["loa_high_ci"] == pytest.approx((1 + 1.96 * sd - half, 1 + 1.96 * sd + half), abs=1e-5)
+    assert bland_altman([1], [2])["bias"] == 1 and np.isnan(bland_altman([1], [2])["loa_low"])
+
+
+def test_the_two_r2_differ_where_volumes_are_halved():
+    found = r_squared([2, 4, 6, 8], [1, 2, 3, 4])
+    assert found["fit"] == pytest.approx(1) and found["identity"] == pytest.approx(1 - 30 / 20)
+
+
+def test_lesion_table_gives_each_lesion_its_place_in_the_world():
+    mask = np.zeros((8, 8, 4), bool)
+    mask[1:3, 1, 0] = mask[4:7, 5, 2] = True
+    prob = np.where(mask, 0.6, 0.1).astype(np.float32)
+    prob[5, 5, 2] = 0.9
+    affine = np.diag([-0.5, 1.0, 3.0, 1.0])
+    affine[:3, 3] = 10, 20, 30
+    table = lesion_table(mask, prob, affine)
+    assert table.voxels.tolist() == [3, 2] and table.lesion.tolist() == [1, 2]
+    assert table.loc[0, ["x_mm", "y_mm", "z_mm"]].tolist() == pytest.approx([7.5, 25, 36])
+    assert table.loc[0, ["volume_ml", "mean_prob", "max_prob"]].tolist() == pytest.approx([0.0045, 0.7, 0.9])
+    assert lesion_table(mask & False, prob, affine).empty

@@ -1,0 +1,90 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from wmhlib.errors import InputError, MissingStepError, RecipeError
+from wmhlib.settings import preset
+from wmhlib.workspace import RunFolder, atomic, read_table, secret, stable_seed, write_atomic, write_table
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "run").open(preset("smoke"))
+
+
+def test_a_run_folder_keeps_its_recipe(run):
+    assert run.recipe() == run.open(preset("smoke")).recipe() == preset("smoke")
+
+
+def test_another_recipe_is_refused_and_the_difference_named(run):
+    before = run.recipe_json.read_bytes()
+    with pytest.raises(RecipeError, match="training.epochs is 2 there and 7 here"):
+        run.open(preset("smoke", "training.epochs=7"))
+    with pytest.raises(RecipeError, match="'smoke' there, 'demo' asked for"):
+        run.recipe("demo")
+    assert run.recipe_json.read_bytes() == before
+
+
+def test_a_missing_file_names_the_notebook_that_makes_it(tmp_path, run):
+    with pytest.raises(MissingStepError, match=r"split.csv is missing: run notebook 02_split first"):
+        run.need(run.split_csv, "02_split")
+    with pytest.raises(MissingStepError, match="01_download"):
+        RunFolder(tmp_path / "nowhere").recipe()
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "scan.nii.gz"
+    write_atomic(path, b"old")
+    with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
+        assert temporary.name.endswith(".nii.gz") and temporary.parent == path.parent
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["scan.nii.gz"]
+
+
+def test_a_failing_write_of_a_new_file_leaves_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "a.csv"):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_tables_come_back_as_they_were(tmp_path):
+    table = pd.DataFrame({"case": ["007", "NA"], "t1": ["", "x.nii"], "dsc": [0.123456, None]})
+    write_table(table, tmp_path / "a.csv")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "a.csv"), table, check_dtype=False)
+    assert (tmp_path / "a.csv").read_bytes() == b"case,t1,dsc\n007,,0.123456\nNA,x.nii,\n"
+
+
+def test_an_empty_table_file_is_named(tmp_path):
+    write_atomic(tmp_path / "split.csv", "")
+    with pytest.raises(InputError, match="split.csv is not a CSV table"):
+        read_table(tmp_path / "split.csv")
+
+
+def test_a_seed_is_the_same_in_every_process():
+    code = "from wmhlib.workspace import stable_seed; print(stable_seed(42, 'Utrecht', 3))"
+    other = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True, text=True)
+    assert stable_seed(42, "Utrecht", 3) == int(other.stdout)
+    assert stable_seed("ab", "c") != stable_seed("a", "bc")
+    assert all(0 <= stable_seed(i) < 2**31 for i in range(500))
+
+
+def test_the_manifest_covers_every_file_but_itself_and_the_notebooks(run):
+    write_atomic(run.figures / "a.png", b"picture")
+    write_atomic(run.notebooks / "01.html", b"page")
+    first = json.loads(run.write_manifest().read_text())
+    assert set(first["files"]) == {"recipe.json", "figures/a.png"}
+    assert first["files"]["figures/a.png"] == hashlib.sha256(b"picture").hexdigest()
+    assert first["seed"] == 42 and first["versions"]["torch"]
+    assert json.loads(run.write_manifest().read_text()) == first
+
+
+def test_a_secret_comes_from_the_environment_or_is_absent(monkeypatch):
+    monkeypatch.setenv("WMH_TEST_SECRET", "value")
+    assert secret("WMH_TEST_SECRET") == "value"
+    assert secret("WMH_TEST_SECRET_ABSENT") is None

@@ -1,0 +1,62 @@
+"""The recipe's loss: focal, soft Dice and boundary-weighted cross-entropy, with deep supervision; label 2 is ignored.
+
+Logits are B x 1 x h x w; labels are B x 1 x H x W with 0 background, 1 lesion, 2 other pathology (no gradient, no score).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .settings import Loss
+
+_SMOOTH = 1.0  # pixels
+
+
+def focal_loss(logits: Tensor, target: Tensor, valid: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Mean of -alpha_t (1 - p_t)^gamma log p_t over valid pixels (Lin et al. 2017, eq. 5); target and valid are 0 or 1."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    alpha_t = target * alpha + (1 - target) * (1 - alpha)
+    return _mean(alpha_t * (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy, valid)
+
+
+def dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over all valid pixels of the batch (Milletari et al. 2016, without squares)."""
+    probability = torch.sigmoid(logits) * valid
+    target = target * valid
+    return 1 - (2 * (probability * target).sum() + _SMOOTH) / (probability.sum() + target.sum() + _SMOOTH)
+
+
+def boundary_loss(logits: Tensor, target: Tensor, valid: Tensor, weight: float) -> Tensor:
+    """Cross-entropy in which pixels on either side of a lesion's border (3 x 3 neighbourhood) weigh `weight`."""
+    border = F.max_pool2d(target, 3, 1, 1) + F.max_pool2d(-target, 3, 1, 1)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return _mean(cross_entropy, valid * (1 + (weight - 1) * border))
+
+
+def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum that is minimised and its parts (focal, dice, boundary, scales), all detached.
+
+    fused and scales (finest first) are logits; coarse targets are max-pooled, so that a small lesion stays a lesion.
+    """
+    target, valid = (labels == 1).float(), (labels != 2).float()
+    fused = fused.float()
+    parts = {
+        "focal": focal_loss(fused, target, valid, settings.focal_alpha, settings.focal_gamma),
+        "dice": dice_loss(fused, target, valid),
+        "boundary": boundary_loss(fused, target, valid, settings.boundary_weight),
+        "scales": fused.new_zeros(()),
+    }
+    for weight, logits in zip(settings.scale_weights, scales):
+        factor = labels.shape[-1] // logits.shape[-1]
+        small = F.max_pool2d(target, factor) if factor > 1 else target
+        known = torch.maximum(small, 1 - F.max_pool2d(1 - valid, factor)) if factor > 1 else valid
+        logits = logits.float()
+        parts["scales"] = parts["scales"] + weight * (
+            focal_loss(logits, small, known, settings.focal_alpha, settings.focal_gamma) + dice_loss(logits, small, known))
+    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1)

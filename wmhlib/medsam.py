@@ -1,0 +1,176 @@
+"""SAM's image encoder (Kirillov et al. 2023, a ViTDet backbone): any size, segment_anything's parameter names, fused attention.
+
+A map of 16 x 16-pixel patches goes through transformer blocks, most of them attending within windows, and through a neck
+to 256 channels. Relative positions enter as the decomposed bias of MViTv2 (Li et al. 2022, eq. 4): a dot product of the
+query with one vector per row offset and one per column offset. Written as extra query and key components,
+[q s, q R_h, q R_w] . [k, onehot(row), onehot(column)], the exact logits come out of a plain fused attention.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .settings import Encoder
+
+PATCH = 16  # pixels
+CHANNELS = 256  # of the feature map
+MEDSAM_MD5 = "3bb6db55bd0c9ca30b61248bca72f8d6"  # medsam_vit_b.pth, 375,049,145 bytes
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a B x H x W x C map, with relative positions of up to `size` tokens a side."""
+
+    def __init__(self, dim: int, heads: int, size: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        grid = q.reshape(b, self.heads, h, w, -1)
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _offsets(self.rel_pos_h, h).to(q.dtype))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _offsets(self.rel_pos_w, w).to(q.dtype))
+        q = torch.cat([q * q.shape[-1] ** -0.5, torch.cat([rows, columns], -1).flatten(2, 3)], -1)
+        places = torch.cat([torch.eye(h).repeat_interleave(w, 0), torch.eye(w).repeat(h, 1)], -1).to(k)
+        k = torch.cat([k, places.expand(b, self.heads, -1, -1)], -1)
+        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `window` 0 attends to the whole map."""
+
+    def __init__(self, dim: int, heads: int, window: int, grid: int):
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, window or grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("lin1", nn.Linear(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("lin2", nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.window:
+            windows, padded = _to_windows(self.norm1(x), self.window)
+            x = x + _from_windows(self.attn(windows), padded, x.shape)
+        else:
+            x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a B x C x H x W map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ImageEncoder(nn.Module):
+    """B x 3 x S x S image -> B x 256 x S/16 x S/16 feature map, S any multiple of 16."""
+
+    def __init__(self, settings: Encoder):
+        super().__init__()
+        dim = settings.dim
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+        self.pos_embed = nn.Parameter(torch.zeros(1, settings.grid, settings.grid, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, settings.heads, 0 if i in settings.global_blocks else settings.window, settings.grid)
+            for i in range(settings.depth))
+        self.neck = nn.Sequential(nn.Conv2d(dim, CHANNELS, 1, bias=False), LayerNorm2d(CHANNELS, eps=1e-6),
+                                  nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), LayerNorm2d(CHANNELS, eps=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed.proj(x).permute(0, 2, 3, 1)
+        x = x + _positions(self.pos_embed, x.shape[1], x.shape[2])
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+def build_encoder(settings: Encoder, seed: int) -> ImageEncoder:
+    """The encoder with the weights of `settings.checkpoint`, or random ones drawn from `seed` where none is named."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = ImageEncoder(settings)
+        for name, parameter in encoder.named_parameters():
+            if "pos" in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+    if settings.checkpoint:
+        load_checkpoint(encoder, settings.checkpoint)
+    return encoder
+
+
+def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> None:
+    """Load a Sam state dict (segment_anything, MedSAM), or that of its image encoder alone, into `encoder`.
+
+    No code in the file can run. Raises CheckpointError listing every missing, unexpected and misshapen key.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
+        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"checkpoint {path} is not a state dict of tensors")
+    if any(key.startswith("image_encoder.") for key in state):
+        state = {key.removeprefix("image_encoder."): value for key, value in state.items()
+                 if not key.startswith(("prompt_encoder.", "mask_decoder."))}
+    expected = encoder.state_dict()
+    faults = [f"missing {key}" for key in expected if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in expected]
+    faults += [f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+               for key, value in expected.items() if key in state and state[key].shape != value.shape]
+    if faults:
+        raise CheckpointError(f"checkpoint {path} does not fit the encoder: {'; '.join(faults)}")
+    encoder.load_state_dict(state)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Fingerprint of a module's parameters: what adapters and decoders were trained on."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _positions(embedding: Tensor, h: int, w: int) -> Tensor:
+    if embedding.shape[1:3] == (h, w):
+        return embedding
+    return F.interpolate(embedding.permute(0, 3, 1, 2), (h, w), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+
+
+def _offsets(table: Tensor, size: int) -> Tensor:
+    """Rows of a (2 n - 1) x C table for every pair of places: size x size x C, stretched linearly where n is not `size`."""
+    if table.shape[0] != 2 * size - 1:
+        table = F.interpolate(table.T[None], 2 * size - 1, mode="linear")[0].T
+    places = torch.arange(size, device=table.device)
+    return table[places[:, None] - places[None, :] + size - 1]
+
+
+def _to_windows(x: Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """B x H x W x C -> (B n) x size x size x C, padded with zeros below and to the right."""
+    b, h, w, c = x.shape
+    x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
+    rows, columns = x.shape[1] // size, x.shape[2] // size
+    x = x.view(b, rows, size, columns, size, c).transpose(2, 3).reshape(-1, size, size, c)
+    return x, (rows, columns)
+
+
+def _from_windows(x: Tensor, windows: tuple[int, int], shape: torch.Size) -> Tensor:
+    (rows, columns), (b, h, w, c), size = windows, shape, x.shape[1]
+    return x.view(b, rows, columns, size, size, c).transpose(2, 3).reshape(b, rows * size, columns * size, c)[:, :h, :w]

@@ -1,0 +1,164 @@
+"""WMHNet: channel adapter, SAM encoder with adapters, multi-scale decoder with an optional image skip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .adapters import adapt, budget
+from .errors import CheckpointError
+from .medsam import CHANNELS, build_encoder, weights_sha256
+from .settings import PRESETS, Recipe, preset
+from .workspace import write_atomic
+
+_SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
+_PRIOR = -4.0  # bias of the heads: lesions are rare
+
+
+class Decoder(nn.Module):
+    """B x 256 x S/16 x S/16 -> logits at S/8, S/4, S/2 and S, and their learned fusion at S."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (CHANNELS, *_SCALES)
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(a, b, 2, 2), nn.BatchNorm2d(b), nn.GELU(), *_conv(b, b))
+            for a, b in zip(widths, widths[1:]))
+        self.refine = nn.ModuleList(nn.Sequential(*_conv(b, b)) for b in _SCALES[:3])
+        self.heads = nn.ModuleList(nn.Conv2d(b, 1, 1) for b in _SCALES)
+        self.fuse = nn.Sequential(*_conv(4, 8), nn.Conv2d(8, 1, 1))
+        for head in (*self.heads, self.fuse[-1]):
+            nn.init.constant_(head.bias, _PRIOR)
+
+    def forward(self, x: Tensor, skips: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        logits = []
+        for i, up in enumerate(self.up):
+            x = up(x)
+            if skips:
+                x = x + skips[i]
+            if i < 3:
+                x = self.refine[i](x)
+            logits.append(self.heads[i](x))
+        size = logits[-1].shape[-2:]
+        fused = self.fuse(torch.cat([F.interpolate(z, size, mode="bilinear") for z in logits], 1))
+        return fused, logits[::-1]
+
+
+class Skip(nn.Module):
+    """Convolutions straight from the image to every scale of the decoder: detail that 16-pixel patches lose."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        widths = (channels, *_SCALES[::-1])
+        self.down = nn.ModuleList(
+            nn.Sequential(*_conv(a, b, stride=2 if i else 1), *(_conv(b, b) if i < 3 else ()))
+            for i, (a, b) in enumerate(zip(widths, widths[1:])))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps for the decoder's four scales, coarsest first."""
+        maps = []
+        for down in self.down:
+            x = down(x)
+            maps.append(x)
+        return maps[::-1]
+
+
+class WMHNet(nn.Module):
+    """B x C x S x S normalised slices -> (B x 1 x S x S logits, logits at the four scales, finest first)."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            channels = recipe.inputs.channels
+            self.channel_adapter = nn.Sequential(*_conv(channels, 16), nn.Conv2d(16, 3, 1))
+            self.decoder = Decoder()
+            self.skip = Skip(channels) if recipe.skip else None
+        self.recipe = recipe
+        encoder = build_encoder(recipe.encoder, recipe.seed)
+        self.base_sha256 = weights_sha256(encoder)
+        self.encoder = adapt(encoder, recipe.adapter, recipe.seed)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = self.encoder(self.channel_adapter(x))
+        return self.decoder(features, self.skip(x) if self.skip else None)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes: the trained parameters, and the buffers (BatchNorm statistics) of the trained modules."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        trained |= {name for name, _ in self.named_buffers() if not name.startswith("encoder.")}
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items() if name in trained}
+
+    def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Load what `trained_state` gave; CheckpointError lists each key that does not fit."""
+        expected = self.trained_state()
+        faults = [f"missing {k}" for k in expected if k not in state] + [f"unexpected {k}" for k in state if k not in expected]
+        faults += [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+                   for k, v in expected.items() if k in state and state[k].shape != v.shape]
+        if faults:
+            raise CheckpointError(f"{source} does not fit the network of its recipe: {'; '.join(faults)}")
+        self.load_state_dict(state, strict=False)
+
+
+def native_precision(wanted: str, device: torch.device) -> str:
+    """`wanted` ("no", "bf16", "fp16"), or what `device` computes without emulation in its place: fp16 for bf16 on an older
+    GPU, "no" (fp32) for either on a CPU without bf16 instructions."""
+    if device.type == "cuda":
+        return "fp16" if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False) else wanted
+    bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return wanted if wanted == "bf16" and bf16 else "no"
+
+
+def save_weights(network: WMHNet, recipe: Recipe, path: str | Path) -> None:
+    """Write the trained state as safetensors; its metadata name the recipe and the base it belongs to."""
+    write_atomic(path, save(network.trained_state(), {"recipe": recipe.to_json(), "base_sha256": network.base_sha256}))
+
+
+def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, Recipe]:
+    """The network of a weights file with its recipe. `checkpoint` says where the base lies if it moved.
+
+    Raises CheckpointError for a damaged file, keys that do not fit, or another base than the one trained on.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weights {path} cannot be read: {error}") from None
+    if not {"recipe", "base_sha256"} <= set(metadata):
+        raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
+    recipe = Recipe.from_json(metadata["recipe"], path)
+    if checkpoint:
+        recipe = recipe.with_overrides(f"encoder.checkpoint={json.dumps(checkpoint)}")
+    network = WMHNet(recipe)
+    if network.base_sha256 != metadata["base_sha256"]:
+        raise CheckpointError(f"weights {path} were trained on the base {metadata['base_sha256'][:12]}, "
+                              f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "
+                              f"{network.base_sha256[:12]}: give the checkpoint that the run used")
+    network.load_trained_state(state, path)
+    return network.eval(), recipe
+
+
+def _conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(a, b, 3, stride, padding=1), nn.BatchNorm2d(b), nn.GELU()]
+
+
+def budget_table() -> str:
+    """What each preset trains, counted from its network, as Markdown."""
+    lines = ["| preset | encoder | LoRA | decoder, channel adapter, skip | trainable | share of all | trained weights, fp32 |",
+             "|---|---|---|---|---|---|---|"]
+    for name in PRESETS:
+        counts = budget(WMHNet(preset(name)))
+        rest = counts["decoder"] + counts["channel_adapter"] + counts["skip"]
+        lines.append(f"| {name} | {counts['encoder']:,} | {counts['lora']:,} | {rest:,} | {counts['trainable']:,} | "
+                     f"{counts['share_percent']:.2f} % | {counts['trainable_mb_fp32']:.1f} MB |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(budget_table())

@@ -1,0 +1,300 @@
+"""The recipe: every choice of a run as frozen dataclasses, presets by name, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .errors import RecipeError
+
+MODALITIES = ("flair", "t1")
+
+
+def _require(holds: bool, name: str, found, expected: str) -> None:
+    if not holds:
+        raise RecipeError(f"setting {name} = {found!r} is impossible: expected {expected}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the network sees: one axial slice (with neighbours and T1 if wanted) on a square canvas centred on the head."""
+
+    modalities: tuple[str, ...] = ("flair",)
+    context: int = 0  # neighbouring slices on each side, as extra channels
+    img_size: int = 512  # canvas side, pixels
+    fov: float = 256.0  # canvas side, mm
+    modality_dropout: float = 0.3  # chance that a training slice loses its T1
+
+    @property
+    def channels(self) -> int:
+        return len(self.modalities) * (2 * self.context + 1)
+
+    def __post_init__(self):
+        known = self.modalities and self.modalities[0] == "flair" and set(self.modalities) <= set(MODALITIES)
+        _require(known and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,
+                 "('flair',) or ('flair', 't1')")
+        _require(0 <= self.context <= 5, "inputs.context", self.context, "0 to 5 slices on each side")
+        _require(self.img_size >= 32 and self.img_size % 16 == 0, "inputs.img_size", self.img_size,
+                 "a multiple of 16, at least 32")
+        _require(100 <= self.fov <= 500, "inputs.fov", self.fov, "100 to 500 mm")
+        _require(0 <= self.modality_dropout <= 1, "inputs.modality_dropout", self.modality_dropout, "0 to 1")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """SAM's image encoder. `checkpoint` is a file of segment_anything's format, or empty for seeded random weights."""
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    window: int = 14
+    grid: int = 64  # side of the position embedding, tokens; interpolated to the canvas
+    checkpoint: str = ""
+
+    def __post_init__(self):
+        _require(self.dim > 0 and self.dim % self.heads == 0, "encoder.dim", self.dim, f"a multiple of {self.heads} heads")
+        _require(all(0 <= b < self.depth for b in self.global_blocks), "encoder.global_blocks", self.global_blocks,
+                 f"block numbers below {self.depth}")
+        _require(self.window > 0, "encoder.window", self.window, "at least 1 token")
+        _require(self.grid > 0, "encoder.grid", self.grid, "at least 1 token")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on the frozen encoder; alpha equals the rank, as in the recipe."""
+
+    method: str = "lora"  # "lora", or "none" for a frozen encoder
+    rank_attention: int = 64  # on qkv and proj
+    rank_mlp: int = 32  # on lin1 and lin2
+    dropout: float = 0.05
+
+    def __post_init__(self):
+        _require(self.method in ("lora", "none"), "adapter.method", self.method, "'lora' or 'none'")
+        _require(self.rank_attention > 0, "adapter.rank_attention", self.rank_attention, "at least 1")
+        _require(self.rank_mlp > 0, "adapter.rank_mlp", self.rank_mlp, "at least 1")
+        _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 up to 1")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the loss (see `losses`)."""
+
+    focal_alpha: float = 0.75
+    focal_gamma: float = 2.0
+    boundary_weight: float = 3.0
+    scale_weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)  # finest scale first
+
+    def __post_init__(self):
+        _require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "0 to 1")
+        _require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
+        _require(self.boundary_weight >= 1, "loss.boundary_weight", self.boundary_weight, "1 or more")
+        _require(len(self.scale_weights) == 4 and min(self.scale_weights) >= 0, "loss.scale_weights", self.scale_weights,
+                 "four weights of 0 or more")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training batch; 0 switches one off."""
+
+    rotation: float = 15.0  # degrees, either way
+    scale: float = 0.1  # relative, either way
+    flips: bool = True
+    rotate90: bool = True
+    gamma: float = 0.3  # log range, either way
+    noise: float = 0.1  # highest standard deviation, in units of the normalised slice
+    brightness: float = 0.2  # either way, same units
+    contrast: float = 0.2  # relative, either way
+    bias_field: float = 0.0  # log range of a smooth field, either way
+
+    def __post_init__(self):
+        for name in ("rotation", "scale", "gamma", "noise", "brightness", "contrast", "bias_field"):
+            _require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 or more")
+        _require(self.scale < 1, "augment.scale", self.scale, "less than 1")
+
+
+@dataclass(frozen=True)
+class Training:
+    epochs: int = 100
+    batch_size: int = 4
+    accumulation: int = 4
+    lr: float = 3e-4
+    lr_min: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    warmup_epochs: int = 5
+    restart_epochs: int = 25  # T0 of the cosine with warm restarts
+    checkpoint_epochs: int = 10
+    validate_epochs: int = 1
+    train_negatives: float = 0.08  # share of the slices without a lesion
+    val_negatives: float = 0.15
+    precision: str = "no"  # "no", "bf16" or "fp16"
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "restart_epochs", "checkpoint_epochs", "validate_epochs"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        _require(self.warmup_epochs >= 0, "training.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 <= self.lr_min <= self.lr, "training.lr_min", self.lr_min, f"0 to lr = {self.lr}")
+        _require(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
+        for name in ("train_negatives", "val_negatives"):
+            _require(0 <= getattr(self, name) <= 1, f"training.{name}", getattr(self, name), "0 to 1")
+        _require(self.precision in ("no", "bf16", "fp16"), "training.precision", self.precision, "'no', 'bf16' or 'fp16'")
+
+
+@dataclass(frozen=True)
+class Split:
+    val: float = 0.15  # shares of the cases, per site
+    test: float = 0.15
+
+    def __post_init__(self):
+        _require(min(self.val, self.test) > 0 and self.val + self.test < 1, "split", (self.val, self.test),
+                 "two shares above 0 that leave cases for training")
+
+
+@dataclass(frozen=True)
+class Operating:
+    """The recipe's operating point, and the grid that `search` tries on validation cases."""
+
+    threshold: float = 0.60
+    min_voxels: int = 3
+    tta: bool = True
+    views: int = 8  # 8: flips and quarter turns (the group D4); 4: both flips; 2: the left-right flip; 1: none
+    thresholds: tuple[float, ...] = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
+    sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)
+    batch_size: int = 16  # slices in one forward pass
+
+    def __post_init__(self):
+        _require(0 < self.threshold < 1, "operating.threshold", self.threshold, "between 0 and 1")
+        _require(self.views in (1, 2, 4, 8), "operating.views", self.views, "1, 2, 4 or 8")
+        _require(len(self.thresholds) > 0 and all(0 < t < 1 for t in self.thresholds), "operating.thresholds",
+                 self.thresholds, "values between 0 and 1")
+        _require(len(self.sizes) > 0 and min(self.sizes) >= 1, "operating.sizes", self.sizes, "voxel counts of 1 or more")
+        _require(self.min_voxels >= 1 and self.batch_size >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The synthetic cohort that `phantom` writes where no data is given."""
+
+    synthetic_cases: int = 0  # over three sites; 0: real data is required
+    scale: float = 1.0  # in-plane voxel size relative to the sites' own (tests use coarse ones)
+
+    def __post_init__(self):
+        _require(self.synthetic_cases >= 0, "cohort.synthetic_cases", self.synthetic_cases, "0 or more")
+        _require(1 <= self.scale <= 4, "cohort.scale", self.scale, "1 to 4")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = "colab"
+    seed: int = 42
+    skip: bool = True  # convolutional branch from the input to the two finest scales
+    inputs: Inputs = field(default_factory=Inputs)
+    encoder: Encoder = field(default_factory=Encoder)
+    adapter: Adapter = field(default_factory=Adapter)
+    loss: Loss = field(default_factory=Loss)
+    augment: Augment = field(default_factory=Augment)
+    training: Training = field(default_factory=Training)
+    split: Split = field(default_factory=Split)
+    operating: Operating = field(default_factory=Operating)
+    cohort: Cohort = field(default_factory=Cohort)
+
+    def with_overrides(self, overrides: str) -> Recipe:
+        """A copy with settings changed, e.g. ``"training.epochs=3 inputs.modalities=['flair','t1'] skip=false"``.
+
+        Values are JSON (single quotes allowed); what is not JSON is taken as text. Raises RecipeError for an unknown name.
+        """
+        tree: dict = {}
+        for word in overrides.split():
+            name, equals, text = word.partition("=")
+            section, dot, key = name.rpartition(".")
+            if not equals or not key:
+                raise RecipeError(f"override {word!r} is not of the form section.setting=value")
+            try:
+                value = json.loads(text.replace("'", '"'))
+            except json.JSONDecodeError:
+                value = text
+            place = tree.setdefault(section, {}) if dot else tree
+            if not isinstance(place, dict):
+                raise RecipeError(f"override {word!r} goes into {section}, which another override sets as a whole")
+            place[key] = value
+        return _merge(self, tree, "")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str | Path = "recipe") -> Recipe:
+        try:
+            tree = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{source} is not JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{source} holds {type(tree).__name__}, expected an object of settings")
+        return _merge(Recipe(), tree, "")
+
+
+def _merge(target, tree: dict, prefix: str):
+    """`target` (a dataclass) with the values of `tree`; unknown keys and values of the wrong type raise RecipeError."""
+    hints = typing.get_type_hints(type(target))
+    changes = {}
+    for key, value in tree.items():
+        name = prefix + key
+        if key not in hints:
+            raise RecipeError(f"unknown setting {name}: known here are {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise RecipeError(f"setting {name} = {value!r} is a section: expected an object of settings")
+            changes[key] = _merge(getattr(target, key), value, name + ".")
+        else:
+            changes[key] = _cast(hints[key], value, name)
+    return replace(target, **changes)
+
+
+def _cast(hint, value, name: str):
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"setting {name} = {value!r}: expected a list")
+        return tuple(_cast(typing.get_args(hint)[0], v, name) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise RecipeError(f"setting {name} = {value!r} is of type {type(value).__name__}: expected {hint.__name__}")
+    return value
+
+
+_LEAN = Adapter(rank_attention=24, rank_mlp=12)
+_SMALL = Encoder(dim=128, depth=4, heads=4, global_blocks=(1, 3), window=7, grid=13)
+
+PRESETS = {
+    # The recipe at full size, with the image skip; the others say what they change.
+    "colab": Recipe(training=Training(precision="bf16")),
+    # LoRA at rank 24/12: below 3.5 % trainable.
+    "lean": Recipe(name="lean", adapter=_LEAN, training=Training(precision="bf16")),
+    # The recipe as published: no image skip.
+    "original": Recipe(name="original", skip=False, training=Training(precision="fp16")),
+    # A small encoder with random weights on a synthetic cohort: minutes on two cores.
+    "demo": Recipe(name="demo", inputs=Inputs(img_size=208, fov=208.0), encoder=_SMALL,
+                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(rotate90=False),
+                   training=Training(epochs=12, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=11,
+                                     checkpoint_epochs=2, precision="bf16"),
+                   split=Split(val=0.17, test=0.25), operating=Operating(views=4), cohort=Cohort(synthetic_cases=36)),
+    # Seconds: every step at toy size, for the tests.
+    "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4),
+                    adapter=Adapter(rank_attention=4, rank_mlp=2),
+                    training=Training(epochs=2, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=2,
+                                      checkpoint_epochs=1),
+                    split=Split(val=0.25, test=0.25), operating=Operating(views=2, thresholds=(0.3, 0.5), sizes=(1, 3)),
+                    cohort=Cohort(synthetic_cases=12, scale=3.0)),
+}
+
+
+def preset(name: str, overrides: str = "") -> Recipe:
+    """The recipe called `name` ("colab", "lean", "original", "demo", "smoke"), with `overrides` applied."""
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
+    return PRESETS[name].with_overrides(overrides)

@@ -1,0 +1,159 @@
+"""Runs the notebooks in order, live in the terminal, and leaves each as an HTML page that needs no network.
+
+    python -m wmhlib.suite --preset demo --run runs/demo
+    python -m wmhlib.suite predict --run runs/demo --flair FLAIR.nii.gz --out folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+from . import errors
+from .errors import WMHError
+from .workspace import REPOSITORY, RunFolder, read_table, write_atomic
+
+NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
+_QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore"}
+_NOT_IN_A_REPORT = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)\s*|The first cell below .*")  # badge and instructions
+
+
+class NotebookError(WMHError):
+    """A notebook stopped; the message is that of the error in it."""
+
+
+def run_suite(run: RunFolder, preset: str, **first) -> None:
+    """Notebooks 01 to 05 in `run`; `first` are further parameters of 01. Raises NotebookError where one stops.
+
+    In a run folder that was begun before, training goes on from its last checkpoint and the rest is made again.
+    """
+    shared = {"preset": preset, "run_dir": str(run.path)}
+    for number, name in enumerate(NOTEBOOKS, 1):
+        print(f"[{number}/{len(NOTEBOOKS)}] {name}", flush=True)
+        start = time.monotonic()
+        output = run.notebooks / f"{name}.ipynb"
+        execute(name, output, shared | (first if name == "01_download" else {}))
+        export_html(output, output.with_suffix(".html"))
+        print(f"[{number}/{len(NOTEBOOKS)}] {name} done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
+    """Notebook 06 on one scan: its files in `out` ("": the run's predictions/<scan>) and, returned, the HTML page."""
+    stem = Path(flair).name.removesuffix(".gz").removesuffix(".nii")
+    folder = Path(out) if out else run.predictions / stem
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "06_predict.ipynb")
+        execute("06_predict", output, {"preset": run.recipe().name, "run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
+                                       "out_dir": str(folder)})
+        return export_html(output, folder / f"{stem}_report.html")
+
+
+def execute(name: str, output: Path, parameters: dict) -> None:
+    """Runs notebook `name` with `parameters`, its prints going to the terminal as they come; the result in `output`, or
+    nothing there if it stops (NotebookError)."""
+    os.environ.update(_QUIET)
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        executed = Path(scratch, "executed.ipynb")
+        try:
+            papermill.execute_notebook(REPOSITORY / "notebooks" / f"{name}.ipynb", executed, parameters, kernel_name="python3",
+                                       progress_bar=False, extra_arguments=["--log-level=ERROR"], stdout_file=sys.stdout,
+                                       stderr_file=sys.stderr if sys.stderr.isatty() else None)
+        except papermill.PapermillExecutionError as error:
+            story = "" if hasattr(errors, error.ename) else "\n" + "\n".join(error.traceback)
+            raise NotebookError(f"{name} stopped: {error.evalue} ({error.ename}){story}") from None
+        except DeadKernelError:
+            raise NotebookError(f"{name} stopped: its process died, most often for want of memory; close what else runs, or "
+                                "make training.batch_size or inputs.img_size smaller") from None
+        write_atomic(output, executed.read_bytes())
+
+
+def export_html(notebook: Path, page: Path) -> Path:
+    """The executed notebook as one HTML file without code: images embedded, nothing loaded from anywhere."""
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    content.cells = [cell for cell in content.cells if cell.cell_type == "markdown" or cell.get("outputs")]
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _NOT_IN_A_REPORT.sub("", cell.source)
+        else:  # progress bars and warnings are for the terminal
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    exporter = HTMLExporter(template_name="lab", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                            exclude_anchor_links=True, embed_images=True, require_js_url="", jquery_url="", mathjax_url="",
+                            mermaid_js_url="", mermaid_layout_elk_js_url="", widget_renderer_url="", jupyter_widgets_base_url="")
+    title = re.search(r"^# (.+)", content.cells[0].source, re.M)
+    html, _ = exporter.from_notebook_node(content, {"metadata": {"name": title[1] if title else notebook.stem}})
+    write_atomic(page, re.sub(r'<script[^>]* src="[^"]*"[^>]*>\s*</script>', "", html))
+    return page
+
+
+def generate_notebooks(folder: Path = REPOSITORY / "notebooks") -> None:
+    """Writes each .ipynb from its .py: no outputs, cell ids that stay, so that the same source gives the same bytes."""
+    for source in sorted(folder.glob("*.py")):
+        write_atomic(source.with_suffix(".ipynb"), notebook_text(source))
+
+
+def notebook_text(source: Path) -> str:
+    """The .ipynb of a percent-format .py."""
+    import jupytext
+
+    content = jupytext.read(source)
+    for number, cell in enumerate(content.cells):
+        cell["id"] = f"{source.stem[:2]}-{number:02d}"
+    return nbformat.writes(content) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "predict", "notebooks"))
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>)")
+    parser.add_argument("--preset", default="demo", help="recipe of the run")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--data", default="", help="folder of cases; without it a preset's synthetic cohort")
+    parser.add_argument("--source", default="", help="synthetic, folder, kaggle or dataverse")
+    parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file")
+    parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
+    parser.add_argument("--flair", default="", help="scan to segment")
+    parser.add_argument("--t1", default="", help="its T1, on the same grid")
+    parser.add_argument("--out", default="", help="folder for the results of predict")
+    given = parser.parse_args(arguments)
+    run = RunFolder(given.run or f"runs/{given.preset}")
+    start = time.monotonic()
+    try:
+        if given.action == "notebooks":
+            generate_notebooks()
+        elif given.action == "predict":
+            if not given.flair:
+                parser.error("predict needs --flair, the scan to segment")
+            print(f"report {predict(run, given.flair, given.out, given.t1)}")
+        else:
+            run_suite(run, given.preset, seed=given.seed, data_dir=given.data, source=given.source, medsam=given.medsam,
+                      overrides=given.overrides)
+            _conclude(run, time.monotonic() - start)
+    except WMHError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _conclude(run: RunFolder, seconds: float) -> None:
+    from . import report
+
+    table = report.results_text(read_table(run.metrics_csv), run.recipe().seed)
+    print(f"\n{table}\n\nfinished in {seconds / 60:.1f} minutes; reports, first the one with the results:")
+    for name in reversed(NOTEBOOKS):
+        print(f"  {run.notebooks / name}.html")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""NIfTI in, normalised slices out, and back to the scan's own grid: one preprocessing for training and inference.
+
+A scan keeps its own voxels. Axial slices are cut from it in LPS order (rows run to posterior, columns to the patient's
+left, as radiologists look at them), a square window of `fov` millimetres centred on the head is taken from each, and only
+that window is resized to the network's canvas. `from_canvas` undoes exactly this.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
+
+from .errors import InputError
+from .settings import Inputs
+from .workspace import atomic
+
+AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
+_LPS = axcodes2ornt(("L", "P", "S"))
+_COARSE_MM = 4.0  # grid on which the head is found
+_SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
+_CEREBRUM_MM = 110.0  # from the vertex down
+_MAX_VOXELS = 1 << 29
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan as it lies in its file: `data` float32 H x W x D, and the image whose header outputs copy."""
+
+    data: np.ndarray
+    image: nib.spatialimages.SpatialImage
+    path: Path
+
+    @property
+    def affine(self) -> np.ndarray:
+        return self.image.affine
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the three array axes."""
+        return tuple(float(s) for s in nib.affines.voxel_sizes(self.affine))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the canvas lies on the scan: orientation and, in LPS voxels, the window (start, length) of columns and rows."""
+
+    shape: tuple[int, int, int]
+    orientation: np.ndarray
+    columns: tuple[int, int]
+    rows: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan ready for the network.
+
+    images: float32 M x H x W x D, normalised to [AIR, BRIGHTEST] with brain tissue around 0 (an absent T1 is all 0);
+    inner: bool, deeper than scalp and skull; mask: uint8 0/1/2 or None; all on the scan's own grid.
+    """
+
+    volume: Volume
+    images: np.ndarray
+    inner: np.ndarray
+    mask: np.ndarray | None
+    grid: Grid
+
+
+def load_volume(path: str | Path) -> Volume:
+    """Read a 3-D NIfTI scan. Raises InputError, naming the file, for whatever cannot be segmented."""
+    image, data = _read(path)
+    if not np.isfinite(data).all():
+        raise InputError(f"{path} holds {np.count_nonzero(~np.isfinite(data))} voxels that are NaN or infinite: "
+                         "mend it or export the scan again")
+    if data.min() == data.max():
+        raise InputError(f"{path} is constant (every voxel is {data.flat[0]:g}): expected a scan")
+    return Volume(data, image, Path(path))
+
+
+def load_mask(path: str | Path, like: Volume) -> np.ndarray:
+    """Read a label mask (uint8, 0 background, 1 lesion, 2 other pathology) on the grid of `like`, else InputError."""
+    image, data = _read(path)
+    _same_grid(path, image, like)
+    labels = np.unique(data)
+    if not set(labels) <= {0.0, 1.0, 2.0}:
+        raise InputError(f"{path} holds the labels {_some(labels)}: expected only 0, 1 (lesion) and 2 (other pathology)")
+    return data.astype(np.uint8)
+
+
+def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path | None = None,
+              inputs: Inputs | None = None) -> Case:
+    """Read, check and normalise one case. T1 and mask, where given, must lie on the FLAIR's grid (else InputError)."""
+    inputs = inputs or Inputs()
+    volume = load_volume(flair)
+    head, inner = _head(volume)
+    images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
+    images[0] = normalise(volume.data, inner, flair)
+    if t1 and "t1" in inputs.modalities:
+        second = load_volume(t1)
+        _same_grid(t1, second.image, volume)
+        images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
+    labels = load_mask(mask, volume) if mask else None
+    return Case(volume, images, inner, labels, _grid(volume, head, inputs.fov))
+
+
+def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan") -> np.ndarray:
+    """(data - centre) / scale, clipped to [AIR, BRIGHTEST]; centre and scale from the voxels of `inner` alone.
+
+    They are those of the shortest interval that holds half of these voxels (the shorth, Rousseeuw & Leroy 1987, scaled to
+    the standard deviation of a Gaussian): neither scalp and air outside, nor CSF and a brain full of lesions inside, move it.
+    """
+    values = np.sort(data[inner])
+    half = len(values) // 2
+    widths = values[half:] - values[: len(values) - half]
+    start = int(widths.argmin())
+    width = float(widths[start])
+    if half == 0 or width == 0:
+        raise InputError(f"{path} shows no tissue contrast inside the head ({len(values)} voxels looked at): "
+                         "expected a head scan with grey values, not a mask or an empty image")
+    centre = 0.5 * float(values[start] + values[start + half])
+    return np.clip((data - centre) / (width / 1.349), AIR, BRIGHTEST).astype(np.float32)
+
+
+def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0) -> torch.Tensor:
+    """H x W x D on the scan's grid -> float32 D x size x size; `fill` outside the scan."""
+    lps = apply_orientation(array, ornt_transform(grid.orientation, _LPS))
+    window = torch.full((lps.shape[2], grid.rows[1], grid.columns[1]), fill)
+    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), lps.shape))
+    window[:, cy : cy + y1 - y0, cx : cx + x1 - x0] = torch.from_numpy(
+        np.ascontiguousarray(lps[x0:x1, y0:y1].transpose(2, 1, 0), dtype=np.float32))
+    return F.interpolate(window[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
+
+
+def case_canvas(case: Case, size: int) -> torch.Tensor:
+    """Every modality of `case` on the canvas: float32 M x D x size x size; air around the scan, an absent T1 all 0."""
+    return torch.stack([to_canvas(image, case.grid, size, AIR if image.any() else 0.0) for image in case.images])
+
+
+def from_canvas(canvas: torch.Tensor, grid: Grid) -> np.ndarray:
+    """D x size x size -> float32 H x W x D on the scan's own grid and orientation, 0 outside the window."""
+    window = F.interpolate(canvas[:, None].float().cpu(), (grid.rows[1], grid.columns[1]), mode="bilinear", antialias=True)
+    to_lps = ornt_transform(grid.orientation, _LPS)
+    shape = np.empty(3, int)
+    shape[to_lps[:, 0].astype(int)] = grid.shape
+    lps = np.zeros(shape, np.float32)
+    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), shape))
+    lps[x0:x1, y0:y1] = window[:, 0, cy : cy + y1 - y0, cx : cx + x1 - x0].numpy().transpose(2, 1, 0)
+    return np.ascontiguousarray(apply_orientation(lps, ornt_transform(_LPS, grid.orientation)))
+
+
+def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
+    """Write `array` (uint8 or float32, H x W x D) with the affine and header of `volume`, atomically."""
+    header = volume.image.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    with atomic(path) as temporary:
+        nib.save(nib.Nifti1Image(array, volume.affine, header), temporary)
+    return Path(path)
+
+
+def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
+    """The image without its trailing axes of length one, and its voxels as float32."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        image = nib.load(path)
+        shape = image.shape
+        if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+            raise InputError(f"{path} has shape {shape}: expected one 3-D volume")
+        if 0 in shape or np.prod(shape, dtype=float) > _MAX_VOXELS:
+            raise InputError(f"{path} has shape {shape}: expected 1 to {_MAX_VOXELS} voxels")
+        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
+            raise InputError(f"{path} has an affine that is not invertible: its voxels have no place in space")
+        if image.get_data_dtype().kind not in "iuf":
+            raise InputError(f"{path} holds voxels of type {image.get_data_dtype()}: expected numbers")
+        data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
+    except nib.filebasedimages.ImageFileError as error:
+        raise InputError(f"{path} is not a NIfTI file that can be read: {error}") from None
+    except (EOFError, OSError, zlib.error, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged or incomplete ({error}): copy or download it again") from None
+    header = image.header if isinstance(image, nib.Nifti1Image) else None
+    return nib.Nifti1Image(data, image.affine, header), data
+
+
+def _same_grid(path: str | Path, image, like: Volume) -> None:
+    if image.shape != like.data.shape:
+        raise InputError(f"{path} has shape {image.shape}, its FLAIR {like.path} {like.data.shape}: expected one grid; "
+                         "register or resample it first")
+    shift = np.abs(image.affine - like.affine).max()
+    if shift > 0.01:
+        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (affines differ by up to {shift:.3g}): "
+                         "expected one grid; register or resample it first")
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
+
+
+def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """Two boolean volumes: the head with its holes filled, and the part of it that scalp and skull do not reach."""
+    data, spacing, native = _lps(volume.data, volume)
+    step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
+    coarse = ndimage.uniform_filter(data, step)[tuple(slice(s // 2, None, s) for s in step)]
+    air, bright = max(0.0, float(coarse.min())), float(np.percentile(coarse, 99))
+    parts, count = ndimage.label(coarse > air + 0.15 * (bright - air))
+    if count == 0:
+        raise InputError(f"{volume.path} shows no head: expected a FLAIR scan of the head")
+    head = parts == 1 + np.bincount(parts.flat)[1:].argmax()
+    for z in range(head.shape[2]):
+        head[..., z] = ndimage.binary_fill_holes(head[..., z])
+    depth = ndimage.distance_transform_edt(head, sampling=spacing * step)
+    inner = depth > min(_SHELL_MM, 0.5 * depth.max())
+    vertex = np.flatnonzero(head.any((0, 1))).max()
+    inner[..., : max(0, vertex - int(_CEREBRUM_MM / (spacing[2] * step[2])))] = False
+    index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(data.shape, step, head.shape)))
+    back = ornt_transform(_LPS, native)
+    return apply_orientation(head[index], back), apply_orientation(inner[index], back)
+
+
+def _grid(volume: Volume, head: np.ndarray, fov: float) -> Grid:
+    """The window of `fov` mm (more where the head is larger) around the middle of the head's upper part, without nose and neck."""
+    lps, spacing, native = _lps(head, volume)
+    vertex = np.flatnonzero(lps.any((0, 1))).max()
+    upper = lps[..., max(0, vertex - int(_CEREBRUM_MM / spacing[2])) :]
+    filled = [np.flatnonzero(upper.any((1 - axis, 2))) for axis in (0, 1)]
+    extents = [(f.max() + 1 - f.min()) * s for f, s in zip(filled, spacing)]
+    lengths = [round(max(fov, *extents) / s) for s in spacing[:2]]
+    starts = [(int(f.min() + f.max()) + 1 - n) // 2 for f, n in zip(filled, lengths)]
+    return Grid(volume.data.shape, native, (starts[0], lengths[0]), (starts[1], lengths[1]))
+
+
+def _lps(array: np.ndarray, volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`array` turned to LPS axes, the voxel size along these in mm, and the scan's own orientation."""
+    native = io_orientation(volume.affine)
+    to_lps = ornt_transform(native, _LPS)
+    spacing = np.empty(3)
+    spacing[to_lps[:, 0].astype(int)] = volume.spacing
+    return apply_orientation(array, to_lps), spacing, native
+
+
+def _overlap(window: tuple[int, int], size: int) -> tuple[int, int, int]:
+    """Start and stop in the scan, and start in the window, of what a window (start, length) shares with `size` voxels."""
+    start, stop = max(0, window[0]), min(size, window[0] + window[1])
+    return start, max(start, stop), start - window[0]

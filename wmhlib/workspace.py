@@ -1,0 +1,222 @@
+"""The run folder: its paths, atomic writes, tables, manifest; stable seeds; Colab and Drive; secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import InputError, MissingStepError, RecipeError
+from .settings import Recipe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_DRIVE = Path("/content/drive")
+_TEXT_COLUMNS = ("case", "site", "flair", "t1", "mask", "group", "split", "system", "scan")
+_PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "monai", "peft", "accelerate", "safetensors",
+             "connected-components-3d", "nilearn")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder that holds everything of one run; a file's property is its path, whether it exists or not."""
+
+    path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
+
+    recipe_json = property(lambda self: self.path / "recipe.json")
+    cohort_csv = property(lambda self: self.path / "cohort.csv")
+    split_csv = property(lambda self: self.path / "split.csv")
+    history_csv = property(lambda self: self.path / "history.csv")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    best = property(lambda self: self.path / "best.safetensors")
+    search_csv = property(lambda self: self.path / "search.csv")
+    operating_point = property(lambda self: self.path / "operating_point.json")
+    metrics_csv = property(lambda self: self.path / "metrics.csv")
+    predictions = property(lambda self: self.path / "predictions")
+    figures = property(lambda self: self.path / "figures")
+    notebooks = property(lambda self: self.path / "notebooks")
+    manifest = property(lambda self: self.path / "manifest.json")
+
+    def open(self, recipe: Recipe) -> RunFolder:
+        """Makes the folder and writes `recipe` into it; raises RecipeError where it belongs to another recipe."""
+        if not self.recipe_json.exists():
+            write_atomic(self.recipe_json, recipe.to_json())
+        there, here = _settings(self.recipe()), _settings(recipe)
+        differing = [f"{name} is {there[name]!r} there and {here[name]!r} here" for name in here if there[name] != here[name]]
+        if differing:
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise RecipeError(f"run folder {self.path} belongs to another recipe: {'; '.join(differing[:5])}{more}. "
+                              "Choose another run folder, or the settings of this one")
+        return self
+
+    def recipe(self, preset: str | None = None) -> Recipe:
+        """The recipe of this run. Raises MissingStepError where there is none, RecipeError if it is not one of `preset`."""
+        recipe = Recipe.from_json(self.need(self.recipe_json, "01_download").read_text(), self.recipe_json)
+        if preset not in (None, recipe.name):
+            raise RecipeError(f"run folder {self.path} belongs to another recipe: {recipe.name!r} there, {preset!r} asked for. "
+                              f"Set preset to {recipe.name!r}, or choose another run folder")
+        return recipe
+
+    def need(self, path: Path, notebook: str) -> Path:
+        """`path`, or MissingStepError naming the notebook that makes it."""
+        if not Path(path).exists():
+            raise MissingStepError(f"{path} is missing: run notebook {notebook} first")
+        return path
+
+    def write_manifest(self) -> Path:
+        """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but the notebooks."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
+                       and p != self.manifest and self.notebooks not in p.parents)
+        content = {
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            "commit": _commit(),
+            "seed": self.recipe().seed,
+            "files": {p.relative_to(self.path).as_posix(): _sha256(p) for p in files},
+        }
+        write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
+        return self.manifest
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, ending in its name (so `.nii.gz` stays); at the end the file written there
+    reaches the disk and takes the name `path`. After an error it is removed and `path` is as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Writes the whole of `data` to `path` (text as UTF-8), or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
+    """CSV with six significant digits: the same table gives the same bytes."""
+    write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A table of `write_table`; names, paths and groups stay text ("" where empty). Raises InputError if it is no CSV."""
+    try:
+        table = pd.read_csv(path, dtype={name: str for name in _TEXT_COLUMNS}, keep_default_na=False, na_values=[""])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a CSV table ({error}): delete it and run the notebook that writes it") from None
+    text = [name for name in _TEXT_COLUMNS if name in table]
+    return table.assign(**{name: table[name].fillna("") for name in text})
+
+
+def stable_seed(*parts) -> int:
+    """A seed in 0 .. 2**31 - 1 from the text of `parts`: the same in every process and on every machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
+    """The default folder for runs. In Colab it also mounts Drive and installs the distributions of `requirements` that are
+    missing; torch and numpy stay as they are, since a session that loses its own breaks."""
+    if not _in_colab():
+        return "runs"
+    missing = _missing(Path(requirements).read_text())
+    if missing:
+        _install(missing)
+    return _mounted_drive()
+
+
+def secret(name: str) -> str | None:
+    """The secret `name` from the environment, else from Colab's secrets, else None (kaggle reads its own file)."""
+    if os.environ.get(name):
+        return os.environ[name]
+    if not _in_colab():
+        return None
+    from google.colab import userdata
+    try:
+        return userdata.get(name)
+    except Exception:  # absent, access not granted, or no page to ask: Colab has an error of its own for each
+        return None
+
+
+def _settings(recipe: Recipe) -> dict:
+    flat = {}
+    for name, value in dataclasses.asdict(recipe).items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _in_colab() -> bool:
+    try:
+        return importlib.util.find_spec("google.colab") is not None
+    except (ImportError, ValueError):
+        return "google.colab" in sys.modules
+
+
+def _missing(requirements: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in requirements.splitlines()]
+    names = {line: re.split(r"[^\w.-]", line)[0] for line in lines if line}
+    return [line for line, name in names.items() if name not in ("torch", "numpy") and _version(name) is None]
+
+
+def _install(missing: list[str]) -> None:
+    print(f"installing {', '.join(missing)}")
+    with tempfile.TemporaryDirectory() as folder:
+        keep = Path(folder, "keep.txt")
+        keep.write_text("".join(f"{name}=={_version(name)}\n" for name in ("torch", "numpy") if _version(name)))
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", str(keep), *missing], check=True)
+    importlib.invalidate_caches()
+
+
+def _mounted_drive() -> str:
+    from google.colab import drive
+    try:
+        if not (_DRIVE / "MyDrive").exists():
+            drive.mount(str(_DRIVE))
+        return str(_DRIVE / "MyDrive" / "wmh-lora")
+    except Exception as error:
+        print(f"Google Drive is not mounted ({error}): runs go to /content/wmh-lora-runs and vanish with this session. "
+              "To keep them, run this cell again and allow access.")
+        return "/content/wmh-lora-runs"
