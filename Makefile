@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
 
-.PHONY: help demo test pipeline predict notebooks lint
+.PHONY: help demo test pipeline predict notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ lint: .venv/tests  ## ruff on library, notebooks and tests
 
 notebooks: .venv/installed  ## the .ipynb from their .py
 	$(SUITE) notebooks
+
+assets:  ## the README's figures, from the demo's
+	cp $(DEMO)/figures/predictions.png $(DEMO)/figures/training_curves.png $(DEMO)/figures/bland_altman.png assets/
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	@echo "installing into .venv (once; about a gigabyte of packages)"

@@ -56,7 +56,7 @@ overrides: str = ""  # settings to change, the way the text above shows
 # %%
 from IPython.display import Markdown, display
 
-from wmhlib import cohort, download, report, settings
+from wmhlib import cohort, download, figures, report, settings
 from wmhlib.workspace import RunFolder, write_table
 
 recipe = settings.preset(preset, f"seed={seed} {overrides}")
@@ -84,6 +84,6 @@ checks
 
 # %%
 shown = cohort.examples(cases)
-figure = report.cohort_figure(shown)
-report.save_figure(figure, run.figures / "cohort.png")
+figure = figures.cohort_figure(shown)
+figures.save_figure(figure, run.figures / "cohort.png")
 display(figure, Markdown(report.caption("cohort", cohort.describe(cases), len(shown))))

@@ -49,7 +49,7 @@ run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 # %%
 from IPython.display import Markdown, display
 
-from wmhlib import cohort, report
+from wmhlib import cohort, figures, report
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 run = RunFolder(run_dir or f"{root}/{preset}")
@@ -68,6 +68,6 @@ split.groupby(["site", "split"]).lesion_ml.agg(["count", "median", "min", "max"]
 # The three parts should look alike in every column.
 
 # %%
-figure = report.split_figure(split)
-report.save_figure(figure, run.figures / "split.png")
+figure = figures.split_figure(split)
+figures.save_figure(figure, run.figures / "split.png")
 display(figure, Markdown(report.caption("split", cohort.describe(cases), len(split))))

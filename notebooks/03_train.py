@@ -49,7 +49,7 @@ run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 # %%
 from IPython.display import Markdown, display
 
-from wmhlib import cohort, report, training
+from wmhlib import cohort, figures, report, training
 from wmhlib.workspace import RunFolder, read_table
 
 run = RunFolder(run_dir or f"{root}/{preset}")
@@ -67,7 +67,7 @@ history.tail()
 # The curves tell whether training was long enough and whether it went on too long.
 
 # %%
-figure = report.training_curves(history)
-report.save_figure(figure, run.figures / "training_curves.png")
+figure = figures.training_curves(history)
+figures.save_figure(figure, run.figures / "training_curves.png")
 data = cohort.describe(read_table(run.cohort_csv))
 display(figure, Markdown(report.caption("training_curves", data, (split.split == "train").sum())))

@@ -52,7 +52,7 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from wmhlib import cohort, report, search
+from wmhlib import cohort, figures, report, search
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
 
@@ -79,8 +79,8 @@ write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 # The whole grid, with the plateau and the choice marked.
 
 # %%
-figure = report.search_heatmap(table, point)
-report.save_figure(figure, run.figures / "search_heatmap.png")
+figure = figures.search_heatmap(table, point)
+figures.save_figure(figure, run.figures / "search_heatmap.png")
 data = cohort.describe(read_table(run.cohort_csv))
 display(figure, Markdown(report.caption("search_heatmap", data, len(cases))))
 

@@ -52,9 +52,8 @@ import json
 import pandas as pd
 from IPython.display import Image, Markdown, display
 
-from wmhlib import cohort, report
+from wmhlib import cohort, figures, report
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.volumes import save_like
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 run = RunFolder(run_dir or f"{root}/{preset}")
@@ -67,14 +66,8 @@ data = cohort.describe(read_table(run.cohort_csv))
 # Every test case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer.
 
 # %%
-def saved(cases):
-    for case in cases:
-        mask = report.system_masks(case, point)["operating point"].astype("uint8")
-        save_like(mask, case["volume"], run.predictions / f"{case['case']}_wmh.nii.gz")
-        yield case
-
-
-metrics, gallery = report.score_cases(saved(engine.cases(run, "test")), point)
+cases = report.save_masks(engine.cases(run, "test"), point, run.predictions)
+metrics, gallery = report.score_cases(cases, point)
 write_table(metrics, run.metrics_csv)
 
 # %% [markdown]
@@ -88,16 +81,16 @@ display(Markdown(report.caption("results", data, len(gallery))))
 # Each case by site.
 
 # %%
-figure = report.site_figure(metrics)
-report.save_figure(figure, run.figures / "sites.png")
+figure = figures.site_figure(metrics)
+figures.save_figure(figure, run.figures / "sites.png")
 display(figure, Markdown(report.caption("sites", data, len(gallery))))
 
 # %% [markdown]
 # Best, median and worst case, so that failures show too.
 
 # %%
-figure = report.predictions_figure(report.best_median_worst(gallery))
-report.save_figure(figure, run.figures / "predictions.png")
+figure = figures.predictions_figure(report.best_median_worst(gallery))
+figures.save_figure(figure, run.figures / "predictions.png")
 display(figure, Markdown(report.caption("predictions", data, len(gallery))))
 
 # %% [markdown]
@@ -105,8 +98,8 @@ display(figure, Markdown(report.caption("predictions", data, len(gallery))))
 
 # %%
 own = metrics[metrics.system == "operating point"]
-figure = report.bland_altman_figure(own.reference_ml, own.result_ml, own.site)
-report.save_figure(figure, run.figures / "bland_altman.png")
+figure = figures.bland_altman_figure(own.reference_ml, own.result_ml, own.site)
+figures.save_figure(figure, run.figures / "bland_altman.png")
 display(figure, Markdown(report.caption("bland_altman", data, len(own))))
 
 # %% [markdown]

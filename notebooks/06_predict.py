@@ -55,7 +55,7 @@ from pathlib import Path
 import nibabel
 from IPython.display import Markdown, display
 
-from wmhlib import report
+from wmhlib import figures, report
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.workspace import RunFolder, read_table
 
@@ -84,5 +84,5 @@ read_table(files["lesions"]).head(20).round(2)
 # %%
 scan = nibabel.load(flair)
 mask, prob, spread = (nibabel.load(files[name]).get_fdata() for name in ("mask", "probability", "spread"))
-figure = report.overlay_figure(scan.get_fdata().reshape(mask.shape), mask, prob, spread, scan.affine)
+figure = figures.overlay_figure(scan.get_fdata().reshape(mask.shape), mask, prob, spread, scan.affine)
 display(figure, Markdown(report.caption("overlay", Path(flair).name)))

@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,40 @@ def tiny_nifti(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def disc_case():
+    """Makes a predicted case: `disc_case(name, site, lesions, codes)`, a disc of brain, a lesion on the patient's right and
+    label 2 on the left, at 62 mm, stored along `codes`."""
+
+    def make(name="Utrecht_1", site="Utrecht", lesions=True, codes="RAS"):
+        x, y, _ = np.mgrid[-20:20, -24:24, :6]
+        flair = 100.0 * (np.hypot(x / 16, y / 20) < 1)
+        reference = np.zeros(flair.shape, np.uint8)
+        reference[28:31, 20:23, 4] = lesions
+        reference[8:10, 20:22, 4] = 2
+        flair[reference == 1] = 180
+        affine = np.diag([1.0, 1.0, 3.0, 1.0])
+        affine[:3, 3] = -20, -24, 50
+        turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
+        flair, reference = (apply_orientation(a, turn) for a in (flair, reference))
+        prob = 0.45 * (reference > 0).astype(np.float32)
+        return dict(case=name, site=site, split="val", spacing=(1, 1, 3), affine=affine @ inv_ornt_aff(turn, x.shape),
+                    flair=flair.astype(np.float32), flair_z=(flair / 60).astype(np.float32), inner=flair > 0,
+                    reference=reference, prob=prob, prob_tta=prob)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scored(disc_case):
+    """Scores and gallery of five cases, the last one without lesions."""
+    from wmhlib import report
+
+    names = ("Utrecht_0", "Utrecht_1", "Utrecht_2", "Singapore_0", "Singapore_1")
+    cases = (disc_case(name, name[:-2], lesions=name != "Singapore_1") for name in names)
+    return report.score_cases(cases, dict(threshold=0.4, min_voxels=3, tta=True, zscore_threshold=2.0))
 
 
 @pytest.fixture(scope="session")

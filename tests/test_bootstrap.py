@@ -63,10 +63,10 @@ def test_outside_colab_nothing_happens(monkeypatch):
 
 
 def test_colab_gets_what_is_missing_and_keeps_torch_and_numpy(colab, monkeypatch, tmp_path):
-    without(monkeypatch, "monai", "torch")
+    without(monkeypatch, "papermill", "torch")
     assert workspace.bootstrap() == str(tmp_path / "drive" / "MyDrive" / "wmh-lora")
     (command,) = colab.runs
-    assert [word for word in command if ">=" in word] == ["monai>=1.3"]
+    assert [word for word in command if ">=" in word] == ["papermill>=2.6"]
     assert not any(word.startswith(("torch", "numpy")) for word in command)
     assert f"numpy=={importlib.metadata.version('numpy')}" in colab.constraints
 

@@ -105,7 +105,8 @@ def test_predict_gives_a_scan_its_lesions_on_its_own_grid(smoke_run, tmp_path, c
 
 def test_a_notebook_that_stops_says_why_and_leaves_nothing(tmp_path, capsys):
     for arguments, reason in ((["--preset", "demi"], "unknown preset 'demi'"),
-                              (["--preset", "colab"], "set data_dir to your folder of cases")):
+                              (["--preset", "colab", "--overrides", "encoder.random=true"], "set data_dir to your folder of cases"),
+                              (["--preset", "colab"], "set medsam to 'zenodo'")):
         assert suite.main([*arguments, "--run", str(tmp_path / "run")]) == 1
         error = capsys.readouterr().err
         assert "01_download stopped" in error and reason in error and "Traceback" not in error

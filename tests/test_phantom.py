@@ -15,13 +15,13 @@ COARSE = 3.0
 def scans():
     """Nine pairs of the simulation and the case it gave."""
     torch.set_num_threads(1)
-    made = [phantom._Scan(phantom.SITES[name], seed, COARSE) for seed in range(3) for name in phantom.SITES]
+    made = [phantom.Scan(phantom.SITES[name], seed, COARSE) for seed in range(3) for name in phantom.SITES]
     return [(scan, scan.acquire()) for scan in made]
 
 
 def region(scan, voxels):
     """Slices that lie wholly inside `voxels` (sub-slices), in the case's own order of voxels."""
-    return scan.finish(scan.whole(phantom._pool(voxels.float()) == 1))
+    return scan.finish(scan.whole(phantom.pool(voxels.float()) == 1))
 
 
 def test_same_seed_gives_the_same_files_however_many_cases(tmp_path):
@@ -68,24 +68,26 @@ def test_volumes_are_finite_and_labels_are_known(scans):
 def test_burden_is_the_volume_drawn_and_spread_over_the_range(scans):
     for scan, case in scans:
         lesions = (case.mask == 1).sum() * np.prod(scan.spacing) / 1000
-        assert lesions == pytest.approx(scan.burden, rel=0.15, abs=0.1)
-    assert 0.5 <= min(scan.burden for scan, _ in scans) < 3 and 10 < max(scan.burden for scan, _ in scans) <= 60
+        assert lesions == pytest.approx(scan.patient.burden, rel=0.15, abs=0.1)
+    burdens = [scan.patient.burden for scan, _ in scans]
+    assert 0.5 <= min(burdens) < 3 and 10 < max(burdens) <= 60
 
 
 def test_lesions_are_bright_white_matter_outside_the_ventricles(scans):
     for scan, case in scans:
-        ventricles, white = region(scan, scan.to_ventricles < -1.5), region(scan, scan.template_white > 0.95)
+        patient = scan.patient
+        ventricles, white = (region(scan, v) for v in (patient.to_ventricles < -1.5, patient.template_white > 0.95))
         assert ventricles.any() and not case.mask[ventricles].any()
-        assert not case.mask[region(scan, scan.to_brain > 3)].any()
+        assert not case.mask[region(scan, patient.to_brain > 3)].any()
         assert np.median(case.flair[case.mask == 1]) > 1.15 * np.median(case.flair[white & (case.mask == 0)])
 
 
 def test_scalp_is_brighter_than_brain_unless_the_skull_is_stripped(scans):
     heads = 0
     for scan, case in scans:
-        upper = scan.points[..., 2] > 20
-        brain = region(scan, (scan.to_brain < -6) & upper)
-        scalp = np.percentile(case.flair[region(scan, (scan.to_brain > 4) & (scan.to_brain < 22) & upper)], 97)
+        to_brain, upper = scan.patient.to_brain, scan.patient.points[..., 2] > 20
+        brain = region(scan, (to_brain < -6) & upper)
+        scalp = np.percentile(case.flair[region(scan, (to_brain > 4) & (to_brain < 22) & upper)], 97)
         heads += scalp > 0
         assert scalp == 0 or scalp > 1.1 * np.median(case.flair[brain])
     assert 5 <= heads < 9
@@ -100,3 +102,12 @@ def test_unknown_site_or_scale_is_an_error(wrong):
 def test_a_cohort_needs_a_case(tmp_path):
     with pytest.raises(InputError, match="0 cases"):
         phantom.write_cohort(tmp_path, 0, seed=1)
+
+
+def test_torch_keeps_its_threads_when_a_case_fails(tmp_path, monkeypatch):
+    counts, before = [], torch.get_num_threads()
+    monkeypatch.setattr(phantom.torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(phantom, "make_case", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        phantom.write_cohort(tmp_path, 1, seed=1, progress=False)
+    assert counts == [1, before]

@@ -1,5 +1,4 @@
 import gzip
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +14,7 @@ from wmhlib.volumes import (
     load_case,
     load_mask,
     load_volume,
+    mask_canvas,
     normalise,
     save_like,
     to_canvas,
@@ -70,7 +70,7 @@ def test_canvas_shows_the_head_upright_whatever_the_files_orientation(head):
 
 def test_normalisation_ignores_units_scalp_and_lesions(head):
     plain = load_case(head())
-    scaled = load_case(head(change=lambda data: data * 37 + 0))
+    scaled = load_case(head(change=lambda data: data * 37))
     assert np.allclose(plain.images, scaled.images, atol=1e-3)
     inside = plain.inner
 
@@ -155,7 +155,7 @@ def test_a_mask_of_another_grid_or_with_other_labels_is_refused_and_an_empty_one
     with pytest.raises(InputError, match="wmh.nii.gz has shape"):
         mask(empty[1:])
     with pytest.raises(InputError, match="lies elsewhere in space"):
-        mask(empty, volume.affine + np.eye(4)[[3, 1, 2, 0]] * 0 + np.array([[0, 0, 0, 5.0]] + [[0] * 4] * 3))
+        mask(empty, volume.affine + np.array([[0, 0, 0.05, 0]] + [[0] * 4] * 3))
     with pytest.raises(InputError, match="labels 0, 3"):
         mask(empty + 3 * (np.arange(empty.size).reshape(empty.shape) == 9).astype(np.uint8))
 
@@ -163,6 +163,16 @@ def test_a_mask_of_another_grid_or_with_other_labels_is_refused_and_an_empty_one
 def test_a_scan_without_contrast_inside_the_head_is_refused():
     with pytest.raises(InputError, match="no tissue contrast"):
         normalise(np.ones((5, 5, 5)), np.ones((5, 5, 5), bool), "x.nii")
+
+
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+def test_every_lesion_voxel_keeps_a_pixel_near_it(head, affine):
+    case = load_case(head(affine))
+    lone = np.zeros(case.volume.data.shape, bool)
+    lone[tuple(np.argwhere(case.inner)[::97].T)] = True
+    canvas = mask_canvas(lone, case.grid, 256)
+    assert canvas.sum() >= 0.99 * lone.sum()
+    assert (from_canvas(canvas.float(), case.grid)[lone] > 0.1).all()
 
 
 def test_real_scans_find_head_and_lesions(real_scans):
@@ -178,4 +188,4 @@ def test_real_scans_find_head_and_lesions(real_scans):
 def test_air_around_the_scan_is_air_on_the_canvas(head):
     case = load_case(head(), inputs=Inputs(fov=400.0))
     torch.testing.assert_close(case_canvas(case, 64)[0, :, 0], torch.full((len(case_canvas(case, 64)[0]), 64), AIR))
-    assert replace(case.grid).columns[1] * case.volume.spacing[0] == pytest.approx(400, abs=1)
+    assert case.grid.columns[1] * case.volume.spacing[0] == pytest.approx(400, abs=1)

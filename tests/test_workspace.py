@@ -22,6 +22,7 @@ def test_a_run_folder_keeps_its_recipe(run):
 
 
 def test_another_recipe_is_refused_and_the_difference_named(run):
+    write_atomic(run.cohort_csv, "case\n")
     before = run.recipe_json.read_bytes()
     with pytest.raises(RecipeError, match="training.epochs is 2 there and 7 here"):
         run.open(preset("smoke", "training.epochs=7"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .settings import Augment, Inputs
-from .volumes import AIR, BRIGHTEST, case_canvas, load_case, to_canvas
+from .volumes import AIR, BRIGHTEST, case_canvas, load_case, mask_canvas
 from .workspace import stable_seed
 
 
@@ -40,7 +40,7 @@ def load_slices(rows: pd.DataFrame, inputs: Inputs, progress: bool = True) -> li
     for row in tqdm(rows.itertuples(), "reading cases", len(rows), disable=not progress, mininterval=5):
         case = load_case(row.flair, row.t1, row.mask, inputs)
         images = case_canvas(case, inputs.img_size).half()
-        lesion, other = (to_canvas(case.mask == label, case.grid, inputs.img_size) > 0.5 for label in (1, 2))
+        lesion, other = (mask_canvas(case.mask == label, case.grid, inputs.img_size) for label in (1, 2))
         slices.append(CaseSlices(row.case, images, lesion.byte() + 2 * (other & ~lesion).byte()))
     return slices
 

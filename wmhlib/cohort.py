@@ -58,7 +58,7 @@ def check_cases(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def examples(cases: pd.DataFrame) -> list[dict]:
-    """The first case of each site, read for `report.cohort_figure`: case, site, flair, affine, reference (0, 1, 2)."""
+    """The first case of each site, read for `figures.cohort_figure`: case, site, flair, affine, reference (0, 1, 2)."""
     loaded = [(row, volumes.load_volume(row["flair"])) for row in cases.groupby("site").head(1).to_dict("records")]
     return [{"case": row["case"], "site": row["site"], "flair": flair.data, "affine": flair.affine,
              "reference": volumes.load_mask(row["mask"], like=flair)} for row, flair in loaded]

@@ -28,9 +28,12 @@ def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
     """Opens `run` for `recipe`, its encoder starting from `weights`: "" the recipe's own, "zenodo" MedSAM (fetched once to
     `weights/` beside the run folders), or a file. Weights are loaded once as a check (CheckpointError if they do not fit)."""
     if weights:
-        path = fetch_medsam(run.path.parent / "weights") if weights == "zenodo" else Path(weights).expanduser().absolute()
+        path = fetch_medsam(run.path.parent.absolute() / "weights") if weights == "zenodo" else Path(weights).expanduser().absolute()
         recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=str(path)))
         medsam.build_encoder(recipe.encoder, recipe.seed)
+    if not (recipe.encoder.checkpoint or recipe.encoder.random):
+        raise RecipeError(f"preset {recipe.name!r} adapts a trained encoder and none is named: set medsam to 'zenodo' or to a "
+                          "checkpoint file (encoder.random=true trains on random weights)")
     return run.open(recipe)
 
 
@@ -136,5 +139,9 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
     note = folder / SYNTHETIC_NOTE
     if note.exists() and json.loads(note.read_text()) == wanted:
         return
+    if folder.exists() and any(folder.iterdir()) and not note.exists():
+        raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
+                         "empty folder, or source to 'folder' to use what is there")
+    write_atomic(note, "{}")
     phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"])
     write_atomic(note, json.dumps(wanted))

@@ -50,6 +50,8 @@ class WMHInferenceEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.img_size = img_size or self.recipe.inputs.img_size
+        if self.img_size % 16:
+            raise InputError(f"img_size {self.img_size} is impossible: expected a multiple of 16 pixels")
         operating = self.recipe.operating
         self.point = {"threshold": operating.threshold, "min_voxels": operating.min_voxels, "tta": operating.tta} | (point or {})
 

@@ -107,7 +107,7 @@ def build_encoder(settings: Encoder, seed: int) -> ImageEncoder:
         encoder = ImageEncoder(settings)
         for name, parameter in encoder.named_parameters():
             if "pos" in name:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.uniform_(parameter, -0.035, 0.035)
     if settings.checkpoint:
         load_checkpoint(encoder, settings.checkpoint)
     return encoder

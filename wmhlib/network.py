@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,13 +112,15 @@ def native_precision(wanted: str, device: torch.device) -> str:
     GPU, "no" (fp32) for either on a CPU without bf16 instructions."""
     if device.type == "cuda":
         return "fp16" if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False) else wanted
-    bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return wanted if wanted == "bf16" and bf16 else "no"
+    if wanted == "bf16" and device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "no"
 
 
 def save_weights(network: WMHNet, recipe: Recipe, path: str | Path) -> None:
     """Write the trained state as safetensors; its metadata name the recipe and the base it belongs to."""
-    write_atomic(path, save(network.trained_state(), {"recipe": recipe.to_json(), "base_sha256": network.base_sha256}))
+    origin = json.dumps({"recipe": recipe.to_json(), "base_sha256": network.base_sha256})
+    write_atomic(path, save(network.trained_state(), {"wmhlib": origin}))  # one key: safetensors shuffles several
 
 
 def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, Recipe]:
@@ -127,17 +130,18 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, Recipe
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+            origin = json.loads((file.metadata() or {}).get("wmhlib", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"weights {path} cannot be read: {error}") from None
-    if not {"recipe", "base_sha256"} <= set(metadata):
+    if not isinstance(origin, dict) or not {"recipe", "base_sha256"} <= set(origin):
         raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
-    recipe = Recipe.from_json(metadata["recipe"], path)
+    recipe = Recipe.from_json(origin["recipe"], path)
     if checkpoint:
-        recipe = recipe.with_overrides(f"encoder.checkpoint={json.dumps(checkpoint)}")
+        recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=checkpoint))
     network = WMHNet(recipe)
-    if network.base_sha256 != metadata["base_sha256"]:
-        raise CheckpointError(f"weights {path} were trained on the base {metadata['base_sha256'][:12]}, "
+    if network.base_sha256 != origin["base_sha256"]:
+        raise CheckpointError(f"weights {path} were trained on the base {origin['base_sha256'][:12]}, "
                               f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "
                               f"{network.base_sha256[:12]}: give the checkpoint that the run used")
     network.load_trained_state(state, path)

@@ -1,9 +1,8 @@
 """Synthetic FLAIR, T1 and lesion mask cohorts with the geometry, contrast and noise of the challenge's three sites.
 
-Brains are nilearn's MNI152 grey- and white-matter maps (1 mm), warped per case; the head around them is built from the
-distance to the brain and from ellipsoids. A case is computed on sub-slices of the site's grid and averaged over a slice
-profile, so thin structures suffer partial volume as in a thick-slice scan. Lengths are in mm, positions in MNI
-coordinates (x to the right, y to anterior, z to superior), intensities in units of normal white matter.
+A case is one patient of `anatomy`, computed on sub-slices of the site's grid and averaged over a slice profile, so
+thin structures suffer partial volume as in a thick-slice scan. Lengths are in mm, intensities in units of normal white
+matter.
 """
 
 from __future__ import annotations
@@ -11,23 +10,18 @@ from __future__ import annotations
 import gzip
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from nilearn import datasets
-from scipy import ndimage
 from tqdm import tqdm
 
+from .anatomy import CSF, FAT, SUB, Patient, rotation, template
 from .cohort import find_cases
 from .errors import InputError
 from .workspace import stable_seed, write_atomic
-
-_SUB = 2  # sub-slices averaged into one slice
 
 
 @dataclass(frozen=True)
@@ -57,29 +51,10 @@ SITES = {
                  defaced=0.6, grey=(1.18, 1.6), fat=(1.5, 2.4), noise=(0.02, 0.07), blur=(0.03, 0.18), bias=0.3),
 }
 
-AIR, CSF, BONE, MARROW, FAT, MUSCLE, SKIN, GLAND, MUCOSA, FLUID = range(10)
-# Of each tissue: range on FLAIR (of fat the site's own), range on T1, grain.
+# Of each tissue of `anatomy`: range on FLAIR (of fat the site's own), range on T1, grain.
 _FLAIR = [(0, 0), (.08, .3), (.03, .12), (.35, 1.1), (0, 0), (.4, .75), (.8, 1.4), (1, 1.9), (1.3, 2.6), (.06, .22)]
 _T1 = [(0, 0), (.2, .32), (.05, .12), (.6, 1.2), (1.4, 2.1), (.45, .6), (.6, 1), (.7, 1), (.5, .7), (.2, .3)]
 _GRAIN = [0, 0, 1, 1, 0.25, 1, 0.3, 0.8, 1, 0]
-
-# Tissue, centre and radii, from the outside in; x > 0 means one on each side.
-_FACE = (
-    (GLAND, (56, -2, -78), (11, 16, 26)), (FAT, (44, 50, -72), (17, 22, 26)), (MUSCLE, (57, 28, -80), (8, 20, 30)),
-    (BONE, (47, 12, -85), (4, 15, 30)), (MARROW, (47, 12, -85), (1.5, 11, 25)), (MUSCLE, (35, 18, -72), (11, 14, 22)),
-    (FAT, (27, 8, -76), (5, 10, 20)), (BONE, (50, -34, -50), (13, 17, 18)), (BONE, (36, -20, -44), (22, 9, 9)),
-    (AIR, (54, -32, -52), (7, 9, 11)), (BONE, (0, 2, -52), (17, 14, 17)), (MARROW, (0, -1, -52), (11, 9, 14)),
-    (FAT, (31, 50, -40), (18, 27, 17)), (MUSCLE, (44, 53, -40), (2.2, 17, 5)), (MUSCLE, (19, 50, -40), (2.2, 17, 5)),
-    (MUSCLE, (30, 47, -29), (5, 17, 2.2)), (MUSCLE, (30, 47, -51), (5, 17, 2.2)), (SKIN, (26, 40, -40), (2.6, 20, 2.6)),
-    (SKIN, (33, 67, -40), (13.2, 13.2, 13.2)), (FLUID, (33, 67, -40), (12, 12, 12)),
-    (SKIN, (33, 76, -40), (4.5, 2, 4.5)),
-    (MUCOSA, (0, 56, -62), (15, 36, 30)), (AIR, (4, 58, -62), (1.8, 30, 25)), (AIR, (10, 54, -66), (1.6, 24, 18)),
-    (BONE, (0, 42, -38), (14, 26, 12)), (AIR, (8, 45, -38), (5, 20, 9)), (AIR, (0, 20, -44), (13, 11, 9)),
-    (MUCOSA, (28, 52, -70), (15, 18, 19)), (AIR, (28, 52, -70), (13, 16, 17)), (MUSCLE, (0, 42, -106), (26, 34, 20)),
-    (AIR, (0, 5, -90), (9, 6, 28)), (BONE, (0, -30, -115), (23, 17, 46)), (MARROW, (0, -20, -115), (13, 8, 42)),
-    (CSF, (0, -45, -105), (11, 9, 48)), (SKIN, (0, -45, -105), (6, 5, 50)), (FAT, (16, -72, -100), (4, 20, 40)),
-    (SKIN, (75, -24, -40), (9, 12, 24)), (AIR, (70, -17, -44), (14, 4, 4)), (AIR, (84, -20, -38), (4, 6, 12)),
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +78,7 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
     if cases < 1:
         raise InputError(f"a cohort of {cases} cases was asked for: expected at least 1")
     names, threads = list(SITES), torch.get_num_threads()
-    _template()
+    template()
 
     def write(number: int) -> None:
         site, index = names[number % len(names)], number // len(names)
@@ -116,9 +91,11 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
             write_atomic(place / f"{name}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
 
     # A case on each core is faster than one case on all; 4 cases at once hold about 5 GB.
-    with ThreadPoolExecutor(min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(tqdm(pool.map(write, range(cases)), total=cases, desc="synthetic cases", disable=not progress))
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            list(tqdm(workers.map(write, range(cases)), total=cases, desc="synthetic cases", disable=not progress))
+    finally:
+        torch.set_num_threads(threads)
     return find_cases(folder)
 
 
@@ -128,312 +105,81 @@ def make_case(site: str, seed: int, scale: float = 1.0) -> Case:
     if site not in SITES or not 1 <= scale <= 4:
         raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join(SITES)}, "
                          "at a scale of 1 to 4")
-    return _Scan(SITES[site], seed, scale).acquire()
+    return Scan(SITES[site], seed, scale).acquire()
 
 
-@dataclass(frozen=True)
-class _Maps:
-    """Channels x X x Y x Z on a regular grid: `origin` is the position of the first voxel, `step` the voxel size."""
-
-    channels: torch.Tensor
-    origin: tuple[int, int, int]
-    step: int
-
-    def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        """Linear interpolation at `points` (... x 3), clamped at the border: channels x ..."""
-        last = torch.tensor(self.channels.shape[1:]) - 1
-        grid = (points.flatten(0, -2) - torch.tensor(self.origin)) * (2 / (self.step * last)) - 1
-        grid = grid.flip(-1)[None, None, None]
-        values = F.grid_sample(self.channels[None], grid, padding_mode="border", align_corners=True)
-        return values.reshape(-1, *points.shape[:-1])
-
-
-@lru_cache(maxsize=1)
-def _template() -> tuple[_Maps, _Maps]:
-    """Brain maps at 1 mm (grey, white matter) and wide maps at 2 mm: distance to the lateral ventricles and to the
-    brain (negative inside), depth below the skin of face and neck, 3 components pointing away from the ventricles."""
-    images = [load(resolution=1) for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template,
-                                              datasets.load_mni152_brain_mask)]
-    grey, white, brain = (np.asarray(image.dataobj, np.float32) for image in images)
-    origin = tuple(int(o) for o in images[0].affine[:3, 3])
-
-    def box(*ranges):
-        return tuple(slice(low - o, high - o) for o, (low, high) in zip(origin, ranges))
-
-    deep = box((-48, 48), (-60, 48), (-12, 42))
-    room = np.zeros_like(brain)
-    room[box((-40, 40), (-52, 40), (-4, 33))] = 1
-    labels, _ = ndimage.label((1 - grey - white > 0.5)[deep] * brain[deep] * room[deep])
-    ventricles = np.zeros(brain.shape, bool)
-    ventricles[deep] = (labels > 0) & np.isin(labels, labels[[39, 40, 41, 55, 56, 57], 70, 28])  # y = 10, z = 16
-    core = ndimage.grey_opening(grey[deep], (5, 5, 5))  # caudate and thalamus; the rest of the rim is partial volume
-    rim = np.clip(grey[deep] - core, 0, 1) * ndimage.binary_dilation(ventricles[deep], iterations=5)
-    grey[deep] -= rim
-    white[deep] += rim
-
-    wide_origin, shape = (-112, -150, -180), (113, 140, 156)
-    x, y, z = np.ogrid[tuple(slice(o, o + 2 * n, 2) for o, n in zip(wide_origin, shape))]
-
-    def wide(mask):
-        padded = np.zeros(shape, bool)
-        low = [(a - b) // 2 for a, b in zip(origin, wide_origin)]
-        padded[tuple(slice(a, a + (n + 1) // 2) for a, n in zip(low, mask.shape))] = mask[::2, ::2, ::2]
-        return padded
-
-    def distance(mask):
-        return 2 * (ndimage.distance_transform_edt(~mask) - ndimage.distance_transform_edt(mask))
-
-    def ellipsoid(centre, radii):
-        return sum((abs(a - c) / r) ** 2.4 for a, c, r in zip((x, y, z), centre, radii)) < 1
-
-    to_ventricles = ndimage.gaussian_filter(distance(wide(ndimage.binary_dilation(ventricles))), 0.6)
-    close, far = (distance(distance(wide(brain > 0)) < r) + r for r in (5, 16))  # closed by balls of these radii
-    to_brain = ndimage.gaussian_filter(close + (far - close) / (1 + np.exp(-(z + 2) / 5)), 1.0)
-    outward = np.gradient(ndimage.gaussian_filter(to_ventricles, 1.0), 2.0) * np.exp(-np.maximum(to_ventricles, 0) / 14)
-    face = ellipsoid((0, 34, -66), (70, 56, 88)) | ellipsoid((0, 92, -60), (13, 20, 22))
-    neck = ((x / 60) ** 2 + ((y + 26) / 60) ** 2 < 1) & (z < -35) | ellipsoid((0, -26, -42), (73, 80, 46))
-    depth = ndimage.gaussian_filter(-distance(face | neck), 1.5)
-
-    def stack(*arrays):
-        return torch.from_numpy(np.stack(arrays).astype(np.float32))
-
-    return _Maps(stack(grey, white), origin, 1), _Maps(stack(to_ventricles, to_brain, depth, *outward), wide_origin, 2)
-
-
-class _Scan:
-    """One patient in one scanner. All is drawn from `seed`; tensors are columns x rows x sub-slices, in RAS order."""
+class Scan:
+    """One patient in one scanner, all drawn from `seed`."""
 
     def __init__(self, site: Site, seed: int, scale: float):
         seed = stable_seed(site.path, seed)
-        self.site, self.rng, self.generator = site, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        self.site = site
         self.shape = (round(site.shape[0] / scale), round(site.shape[1] / scale), site.shape[2])
         self.spacing = tuple(d * n / m for d, n, m in zip(site.spacing, site.shape, self.shape))
         x, y, z = ((np.arange(n) - (n - 1) / 2) * d for n, d in zip(self.shape, self.spacing))
         self.columns = np.flatnonzero(abs(x) <= 94)  # the others hold air only
-        offsets = ((np.arange(_SUB) + 0.5) / _SUB - 0.5) * self.uniform(*site.thickness)
-        self.axes = (x[self.columns], y, (z[:, None] + offsets).ravel())
-        self.burden = self.log_uniform(0.5, 60)  # mL
-        self.age = self.uniform(0, 1)  # wide ventricles and wide sulci come together
-
-        pitch, roll, yaw = (self.uniform(-a, a) for a in (14, 7, 9))
-        size = np.clip(self.rng.normal(0.95, 0.035), 0.86, 1.04) * self.rng.normal(1, 0.02, 3)
-        self.pose = _rotation(pitch, roll, yaw) / size
-        self.shift = np.array([self.uniform(-4, 4), self.uniform(-16, -2), site.centre + self.uniform(-5, 5)])
-        brain, wide = _template()
-        pose, shift, *axes = (torch.tensor(v, dtype=torch.float32) for v in (self.pose, self.shift, *self.axes))
-        head = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) @ pose.T + shift + self.elastic(2.5, 80)
-        self.to_brain, self.depth = self.lattice(wide, head, slice(1, 3))
-        self.points = head + self.elastic(0.9, 28) + self.elastic(0.7, 12)
-        outward = torch.stack(self.lattice(wide, self.points, slice(3, 6)), -1)
-        self.points -= outward * self.uniform(-1, 2 + 5 * self.age)
-        self.to_ventricles, = self.lattice(wide, self.points, slice(0, 1))
-        near = self.to_brain < 6
-        self.template_grey, self.template_white = torch.zeros(2, *near.shape)
-        self.template_grey[near], self.template_white[near] = brain(self.points[near])
-        self.fine = self.field(7)
-
-    def uniform(self, low: float, high: float) -> float:
-        return float(self.rng.uniform(low, high))
-
-    def log_uniform(self, low: float, high: float) -> float:
-        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
-
-    def field(self, *size: float) -> torch.Tensor:
-        """Smooth noise of mean 0 and variance about 1 whose bumps are `size` mm wide (one size, or one an axis)."""
-        bases = [_spline((a - a[0]) / s) for a, s in zip(self.axes, size * (3 // len(size)))]
-        return _raise(3 * torch.randn([b.shape[1] for b in bases], generator=self.generator), bases)
-
-    def elastic(self, amplitude: float, size: float) -> torch.Tensor:
-        return torch.stack([amplitude * self.field(size) for _ in range(3)], -1)
-
-    def lattice(self, maps: _Maps, points: torch.Tensor, channels: slice) -> list[torch.Tensor]:
-        """Smooth `maps` at `points`, read every 3 mm or so and interpolated linearly in between."""
-        every = [max(1, round(3 / (a[1] - a[0]))) for a in self.axes]
-        picks = [np.append(np.arange(0, len(a) - 1, e), len(a) - 1) for a, e in zip(self.axes, every)]
-        bases = [_tent(a, a[pick]) for a, pick in zip(self.axes, picks)]
-        return [_raise(coarse, bases) for coarse in maps(points[np.ix_(*picks)])[channels]]
-
-    def ellipsoid(self, centre, radii, rough: float = 0.15, middle=None) -> tuple[tuple[slice, ...], torch.Tensor]:
-        """A box of the grid around an ellipsoid, and in it the squared normalised radius (1 on the surface), roughened.
-        Where the centre's place in the scanner (`middle`) is known, the box need not allow for elastic deformation."""
-        inverse = np.linalg.inv(self.pose)
-        half = abs(inverse) @ np.array(radii) * 1.2 + (8 if middle is None else 2)
-        middle = inverse @ (np.array(centre) - self.shift) if middle is None else middle
-        box = tuple(slice(*np.searchsorted(a, (m - h, m + h))) for a, m, h in zip(self.axes, middle, half))
-        centre, radii = (torch.tensor(v, dtype=torch.float32) for v in (centre, radii))
-        return box, ((self.points[box] - centre) / radii).square_().sum(-1) + rough * self.fine[box]
-
-    def pair(self, centre, radii, rough: float = 0.15):
-        """`ellipsoid` on both sides of the head, or the one on the midline."""
-        for side in (1, -1) if centre[0] else (1,):
-            yield self.ellipsoid((side * centre[0], *centre[1:]), radii, rough)
-
-    def head(self) -> torch.Tensor:
-        """Tissue labels (uint8) of scalp, skull, face and neck; the room of the brain is CSF."""
-        x, y, z = self.points.unbind(-1)
-        vault = torch.sigmoid((z + 22 + 0.25 * (y + 30)) / 7)  # the base of the skull is thinner
-        gap = (self.uniform(0.8, 1.5) + 2 * self.age + 0.3 * self.field(40)) * (0.4 + 0.6 * vault)
-        skull = gap + (self.uniform(4.5, 8) + 0.6 * self.field(55)) * (0.25 + 0.75 * vault)
-        fat = (self.uniform(3.5, 7) + 0.8 * self.field(50)).clamp_(min=1.5)
-        temporalis = self.uniform(5, 11) * torch.exp(-((y - 15) / 32) ** 2 - ((z + 14) / 32) ** 2) * (x.abs() > 25)
-        skin = torch.maximum(skull + fat + temporalis - self.to_brain, self.depth + 1.5 * self.field(30))
-        bundles, sheaths = self.field(7, 9, 16), self.field(8, 14, 24)
-        labels = torch.full_like(x, MUSCLE, dtype=torch.uint8)
-        labels[bundles > 0.8] = GLAND
-        labels[bundles < -1.3] = BONE
-        labels[(skin < fat) | (bundles > 1.6) | (sheaths.abs() < 0.06 * bundles)] = FAT
-        labels[skin < self.uniform(1.2, 2.2)] = SKIN
-        labels[skin <= 0] = AIR
-        for tissue, centre, radii in _FACE:
-            centre = np.array(centre) + self.rng.normal(0, 0.8, 3) * np.sign([centre[0], 1, 1])
-            radii = np.array(radii) * self.uniform(0.88, 1.12)
-            for box, radius in self.pair(centre, radii, 0.3 if tissue in (AIR, MUCOSA, FAT) else 0.12):
-                labels[box][(radius < 1) & ((labels[box] > AIR) | (tissue == SKIN))] = tissue
-        bone = (self.to_brain < skull) & (skin > 0)
-        labels[bone] = BONE
-        share = (self.to_brain - gap) / (skull - gap)
-        labels[bone & ((share - 0.5).abs() < 0.24 + 0.08 * self.fine) & (z > -30)] = MARROW
-        for box, radius in self.pair((9, 79, -10), (9, self.uniform(2, 6), 11), 0.4):  # frontal sinus
-            labels[box][(radius < 1) & bone[box]] = AIR
-        labels[self.to_brain < gap] = CSF
-        return labels
-
-    def brain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fractions of grey and white matter. The rest is CSF, more of it where age has widened the sulci."""
-        x, y, z = self.points.unbind(-1)
-        grey, white = self.template_grey, self.template_white
-        sulci = torch.exp(-(self.field(11) / 0.13).square())  # this brain's own beside those all brains share
-        folia = torch.exp(-(self.field(40, 4, 5) / 0.3).square()) * ((z < -20) & (y < -42) & (x.abs() < 48))
-        fluid = 1 - grey - white + (self.uniform(0.1, 0.3) * sulci + 0.22 * folia) * grey * (self.to_brain > -14)
-        keep = 1 - ((fluid - 0.22 + 0.15 * self.age + 0.04 * self.field(25)) / 0.22).clamp_(0, 1)
-        white = ((white / (grey + white + 1e-3) - 0.5) * 1.8 + 0.5).clamp_(0, 1)
-        return keep * (1 - white), keep * white
-
-    def lesions(self, white: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lesion fraction and, from 0 to 1, how deep inside a lesion. A score falls with the distance to the ventricles
-        (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this case."""
-        height = self.points[..., 2]
-        score = 1 - self.to_ventricles.clamp(min=0) / self.uniform(3, 6)
-        score += 0.5 * self.field(18) + 0.25 * self.field(5) + 0.1 * self.fine
-        score -= self.uniform(0.3, 1.2) * (self.points[..., 0].abs() < 6)
-        for centre in ((18, 36, 10), (27, -58, 16)):  # caps of the frontal and occipital horns
-            for box, radius in self.pair(centre, (9, 12, 14)):
-                score[box] += self.uniform(0.2, 0.9) * torch.exp(-radius)
-        grain = 0.5 * self.fine + 0.4 * self.field(3.5)
-        places = ((white > 0.8) & (height > -15)).nonzero()[::7]
-        likely = torch.exp(-self.to_ventricles[tuple(places.T)] / 16)
-        for index in places[torch.multinomial(likely, int(self.uniform(25, 160)), generator=self.generator)].tolist():
-            radii = self.log_uniform(1.5, 7) * self.rng.uniform(0.7, 1.4, 3)
-            middle = [a[i] for a, i in zip(self.axes, index)]
-            box, radius = self.ellipsoid(self.points[tuple(index)].tolist(), radii, 0, middle)
-            score[box] = torch.maximum(score[box], self.uniform(0.6, 2.4) - radius - grain[box])
-
-        gate = ((white - 0.6) * 4).clamp_(0, 1) * (height > -18 + 3 * self.fine)
-        soft = self.uniform(0.06, 0.16)
-        slices = gate[..., ::_SUB] + gate[..., 1::_SUB] > 0.2
-        some_score, some_gate = (torch.stack([v[..., k::_SUB][slices] for k in range(_SUB)], -1) for v in (score, gate))
-        wanted = 1000 * self.burden / np.prod(self.spacing)
-        low, high = -8.0, 8.0
-        for _ in range(16):
-            middle = (low + high) / 2
-            drawn = ((torch.sigmoid((some_score - middle) / soft) * some_gate).mean(-1) >= 0.5).sum()
-            low, high = (middle, high) if drawn > wanted else (low, middle)
-        score -= high
-        return torch.sigmoid(score / soft) * gate, score.clamp_(0, 1)
-
-    def other_pathology(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """In a fifth of the cases a cortical infarct or a lacune: fluid core and whole extent, as fractions."""
-        core, extent = torch.zeros_like(self.fine), torch.zeros_like(self.fine)
-        if self.uniform(0, 1) < 0.2:
-            cortical = self.uniform(0, 1) < 0.6
-            low, high, where = (4, 9, -self.to_brain) if cortical else (5, 14, self.to_ventricles)
-            places = self.points[(where > low) & (where < high) & (self.points[..., 2] > 0)]
-            radii = self.uniform(*((9, 20) if cortical else (3, 6))) * self.rng.uniform(0.8, 1.3, 3)
-            box, radius = self.ellipsoid(places[self.rng.integers(len(places))].tolist(), radii, 0.3)
-            core[box], extent[box] = torch.sigmoid((0.35 - radius) / 0.08), torch.sigmoid((1 - radius) / 0.1)
-        return core, extent
-
-    def grey_shades(self) -> torch.Tensor:
-        """Relative brightness of grey matter on FLAIR: insula, hippocampus and cingulum bright, pallidum dark."""
-        shade = 1 + 0.03 * self.field(20)
-        for centre, radii, gain in (((38, 4, -2), (9, 24, 14), 0.12), ((26, -14, -22), (11, 20, 10), 0.15),
-                                    ((5, 10, 30), (5, 40, 18), 0.1), ((20, -4, 0), (6, 9, 7), -0.15)):
-            gain *= self.uniform(0.2, 1.3)
-            for box, radius in self.pair(centre, radii):
-                shade[box] += gain * torch.exp(-radius.square())
-        return shade
-
-    def white_shades(self) -> torch.Tensor:
-        """The same of white matter: a thin line along the ventricles and the corticospinal tract are bright."""
-        shade = 1 + 0.03 * self.field(20) + 0.02 * self.fine
-        shade += self.uniform(0, 0.25) * torch.exp(-(self.to_ventricles / 1.5).square())
-        for box, radius in self.pair((24, -20, 12), (5, 7, 26)):
-            shade[box] += self.uniform(0, 0.12) * torch.exp(-radius.square())
-        return shade
-
-    def fluid_shades(self) -> torch.Tensor:
-        """What makes CSF bright on FLAIR: flow in cisterns and ventricles, and the choroid plexus."""
-        basal = torch.sigmoid(-(self.points[..., 2] + 15) / 8) * (self.to_brain < -1)
-        shade = (self.field(9) - 0.4).clamp_(min=0) * self.uniform(0, 0.5) * basal
-        shade += (self.field(12) - 1.2).clamp_(min=0) * self.uniform(0, 0.4) * (self.to_ventricles < 0)
-        plexus = self.uniform(0.3, 1.1)
-        for box, radius in self.pair((22, -40, 10), (4, 8, 5), 0.4):
-            shade[box] = torch.maximum(shade[box], plexus * (radius < 1))
-        return shade
+        offsets = ((np.arange(SUB) + 0.5) / SUB - 0.5) * rng.uniform(*site.thickness)
+        axes = (x[self.columns], y, (z[:, None] + offsets).ravel())
+        self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed))
 
     def acquire(self) -> Case:
         """The patient as the scanner sees it."""
-        grey, white = self.brain()
-        (lesion, inner), (core, extent), labels = self.lesions(white), self.other_pathology(), self.head()
+        patient, uniform = self.patient, self.patient.uniform
+        grey, white = patient.brain()
+        lesion, inner = patient.lesions(white, np.prod(self.spacing))
+        (core, extent), labels = patient.other_pathology(), patient.head()
         core, extent, lesion = core * (grey + white), extent * (grey + white), lesion * (1 - extent)
         index, inside = labels.int(), labels == CSF
-        grain = torch.exp((0.22 * self.fine + 0.16 * self.field(3, 3, 6)) * torch.tensor(_GRAIN)[index])
+        grain = torch.exp((0.22 * patient.fine + 0.16 * patient.field(3, 3, 6)) * torch.tensor(_GRAIN)[index])
 
         def compose(tissue, fluid, values):
             brain = tissue * (1 - core) + (1 - grey - white + core) * fluid
             return torch.where(inside, brain, torch.tensor(values)[index] * grain)
 
-        values = [self.uniform(*r) for r in _FLAIR]
-        values[FAT] = self.uniform(*self.site.fat)
-        cortex = self.uniform(*self.site.grey)
-        bright = max(self.uniform(1.5, 2.1), cortex + self.uniform(0.4, 0.7))
-        tissue = grey * cortex * self.grey_shades() + white * self.white_shades()
-        level = 1 + (bright - 1) * (0.85 + 0.3 * inner + 0.1 * self.fine)
-        tissue += (1.5 * lesion).clamp(max=1) * (level * (grey + white) - tissue)  # drawn where it is already clearly bright
+        values = [uniform(*r) for r in _FLAIR]
+        values[FAT] = uniform(*self.site.fat)
+        cortex = uniform(*self.site.grey)
+        bright = max(uniform(1.5, 2.1), cortex + uniform(0.4, 0.7))
+        tissue = grey * cortex * patient.grey_shades() + white * patient.white_shades()
+        level = 1 + (bright - 1) * (0.85 + 0.3 * inner + 0.1 * patient.fine)
+        tissue += (1.3 * lesion).clamp(max=1) * (level * (grey + white) - tissue)  # drawn where it is clearly bright
         tissue += 0.8 * extent * (bright * (grey + white) - tissue)
-        flair = compose(tissue, values[CSF] + self.fluid_shades(), values)
-        values = [self.uniform(*r) for r in _T1]
-        tissue = grey * self.uniform(0.66, 0.82) + white
-        tissue *= 1 - self.uniform(0.05, 0.35) * torch.maximum(lesion, extent)
+        flair = compose(tissue, values[CSF] + patient.fluid_shades(), values)
+        values = [uniform(*r) for r in _T1]
+        tissue = grey * uniform(0.66, 0.82) + white
+        tissue *= 1 - uniform(0.05, 0.35) * torch.maximum(lesion, extent)
         t1 = compose(tissue, values[CSF], values)
 
-        mask = (_pool(lesion) >= 0.5).to(torch.uint8)
-        mask[_pool(extent) >= 0.5] = 2
+        mask = (pool(lesion) >= 0.5).to(torch.uint8)
+        mask[pool(extent) >= 0.5] = 2
         keep = self.kept()
-        return Case(self.finish(self.image(_pool(flair), keep)), self.finish(self.image(_pool(t1), keep)),
+        return Case(self.finish(self.image(pool(flair), keep)), self.finish(self.image(pool(t1), keep)),
                     self.finish(self.whole(mask)), self.affine())
 
     def kept(self) -> torch.Tensor:
         """Voxels that are left: all, or the brain alone (skull-stripped), or without the face (defaced)."""
-        outside = _pool(self.to_brain)
-        if self.uniform(0, 1) < 0.15:
+        patient, uniform = self.patient, self.patient.uniform
+        outside = pool(patient.to_brain)
+        if uniform(0, 1) < 0.15:
             return outside < 1
-        if self.uniform(0, 1) > self.site.defaced:
+        if uniform(0, 1) > self.site.defaced:
             return torch.ones_like(outside, dtype=torch.bool)
-        y, z = _pool(self.points[..., 1]), _pool(self.points[..., 2])
-        return (y - self.uniform(0.2, 0.6) * (z + 20) < self.uniform(62, 80)) | (z > 5) | (outside < 6)
+        y, z = pool(patient.points[..., 1]), pool(patient.points[..., 2])
+        return (y - uniform(0.2, 0.6) * (z + 20) < uniform(62, 80)) | (z > 5) | (outside < 6)
 
     def image(self, image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Blur, gamma, receive field, Rician noise and an arbitrary scale, on the whole field of view."""
+        patient, uniform = self.patient, self.patient.uniform
         for axis in (0, 1):
-            weight = self.uniform(*self.site.blur)
+            weight = uniform(*self.site.blur)
             image = (1 - 2 * weight) * image + weight * (image.roll(1, axis) + image.roll(-1, axis))
-        image = image ** self.uniform(0.82, 1.22)
-        image *= torch.exp((_pool(self.field(90)) * self.uniform(0.2, 1) * self.site.bias).clamp_(-1, 1))
-        sigma = self.uniform(*self.site.noise)
-        real, imaginary = (sigma * torch.randn(self.shape, generator=self.generator) for _ in range(2))
+        image = image ** uniform(0.82, 1.22)
+        image *= torch.exp((pool(patient.field(90)) * uniform(0.2, 1) * self.site.bias).clamp_(-1, 1))
+        sigma = uniform(*self.site.noise)
+        real, imaginary = (sigma * torch.randn(self.shape, generator=patient.generator) for _ in range(2))
         margin = np.clip(np.arange(self.shape[0]) - self.columns[0], 0, len(self.columns) - 1)
-        return torch.hypot(self.whole(image) + real, imaginary) * keep[margin] * self.log_uniform(1, 2000)
+        return torch.hypot(self.whole(image) + real, imaginary) * keep[margin] * patient.log_uniform(1, 2000)
 
     def whole(self, volume: torch.Tensor) -> torch.Tensor:
         """`volume` (columns of `self.columns`) on the site's whole field of view."""
@@ -447,44 +193,12 @@ class _Scan:
 
     def affine(self) -> np.ndarray:
         """Voxel to world: slices tilted by a few degrees, somewhere near the middle of the magnet."""
-        affine = np.eye(4)
-        affine[:3, :3] = _rotation(*self.rng.uniform(-4, 4, 3)) @ np.diag(np.array(self.spacing) * self.site.flips)
-        affine[:3, 3] = self.rng.uniform(-20, 20, 3) - affine[:3, :3] @ ((np.array(self.shape) - 1) / 2)
+        affine, rng = np.eye(4), self.patient.rng
+        affine[:3, :3] = rotation(*rng.uniform(-4, 4, 3)) @ np.diag(np.array(self.spacing) * self.site.flips)
+        affine[:3, 3] = rng.uniform(-20, 20, 3) - affine[:3, :3] @ ((np.array(self.shape) - 1) / 2)
         return affine
 
 
-def _rotation(*degrees: float) -> np.ndarray:
-    """3 x 3 rotation about x, then y, then z."""
-    matrix = np.eye(3)
-    for (a, b), angle in zip(((1, 2), (2, 0), (0, 1)), np.radians(degrees)):
-        step = np.eye(3)
-        step[a, a] = step[b, b] = np.cos(angle)
-        step[b, a] = np.sin(angle)
-        step[a, b] = -step[b, a]
-        matrix = step @ matrix
-    return matrix
-
-
-def _spline(positions: np.ndarray) -> torch.Tensor:
-    """Cubic B-spline basis, positions x knots, knots one apart from -1 on."""
-    away = np.abs(positions[:, None] - np.arange(-1, int(positions.max()) + 3))
-    basis = np.where(away < 1, 2 / 3 - away**2 + away**3 / 2, np.clip(2 - away, 0, None) ** 3 / 6)
-    return torch.from_numpy(basis.astype(np.float32))
-
-
-def _tent(positions: np.ndarray, knots: np.ndarray) -> torch.Tensor:
-    """Linear interpolation as a matrix, positions x knots."""
-    columns = [np.interp(positions, knots, row) for row in np.eye(len(knots))]
-    return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
-
-
-def _raise(coarse: torch.Tensor, bases: list[torch.Tensor]) -> torch.Tensor:
-    """Values on a coarse grid to a fine one, axis by axis."""
-    for base in bases:
-        coarse = torch.tensordot(coarse, base, ([0], [1]))
-    return coarse
-
-
-def _pool(volume: torch.Tensor) -> torch.Tensor:
+def pool(volume: torch.Tensor) -> torch.Tensor:
     """Sub-slices to slices."""
-    return sum(volume[..., k::_SUB] for k in range(_SUB)) / _SUB
+    return sum(volume[..., k::SUB] for k in range(SUB)) / SUB

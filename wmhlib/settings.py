@@ -45,7 +45,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Encoder:
-    """SAM's image encoder. `checkpoint` is a file of segment_anything's format, or empty for seeded random weights."""
+    """SAM's image encoder. `checkpoint` is a file of segment_anything's format, or empty for seeded random ones."""
 
     dim: int = 768
     depth: int = 12
@@ -54,8 +54,11 @@ class Encoder:
     window: int = 14
     grid: int = 64  # side of the position embedding, tokens; interpolated to the canvas
     checkpoint: str = ""
+    random: bool = False  # train on random weights where no checkpoint is named
 
     def __post_init__(self):
+        _require(self.heads > 0, "encoder.heads", self.heads, "at least 1")
+        _require(self.depth > 0, "encoder.depth", self.depth, "at least 1 block")
         _require(self.dim > 0 and self.dim % self.heads == 0, "encoder.dim", self.dim, f"a multiple of {self.heads} heads")
         _require(all(0 <= b < self.depth for b in self.global_blocks), "encoder.global_blocks", self.global_blocks,
                  f"block numbers below {self.depth}")
@@ -139,6 +142,8 @@ class Training:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_epochs >= 0, "training.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(0 <= self.lr_min <= self.lr, "training.lr_min", self.lr_min, f"0 to lr = {self.lr}")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "training.betas", self.betas, "two values from 0 up to 1")
         _require(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in ("train_negatives", "val_negatives"):
             _require(0 <= getattr(self, name) <= 1, f"training.{name}", getattr(self, name), "0 to 1")
@@ -192,7 +197,7 @@ class Cohort:
 class Recipe:
     name: str = "colab"
     seed: int = 42
-    skip: bool = True  # convolutional branch from the input to the two finest scales
+    skip: bool = True  # convolutional branch from the input to every scale of the decoder
     inputs: Inputs = field(default_factory=Inputs)
     encoder: Encoder = field(default_factory=Encoder)
     adapter: Adapter = field(default_factory=Adapter)
@@ -268,7 +273,7 @@ def _cast(hint, value, name: str):
 
 
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)
-_SMALL = Encoder(dim=128, depth=4, heads=4, global_blocks=(1, 3), window=7, grid=13)
+_SMALL = Encoder(dim=128, depth=4, heads=4, global_blocks=(1, 3), window=7, grid=13, random=True)
 
 PRESETS = {
     # The recipe at full size, with the image skip; the others say what they change.
@@ -279,12 +284,12 @@ PRESETS = {
     "original": Recipe(name="original", skip=False, training=Training(precision="fp16")),
     # A small encoder with random weights on a synthetic cohort: minutes on two cores.
     "demo": Recipe(name="demo", inputs=Inputs(img_size=208, fov=208.0), encoder=_SMALL,
-                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(rotate90=False),
-                   training=Training(epochs=12, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=11,
-                                     checkpoint_epochs=2, precision="bf16"),
+                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(rotate90=False, bias_field=0.15),
+                   training=Training(epochs=10, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=9,
+                                     checkpoint_epochs=2, train_negatives=0.15, precision="bf16"),
                    split=Split(val=0.17, test=0.25), operating=Operating(views=4), cohort=Cohort(synthetic_cases=36)),
     # Seconds: every step at toy size, for the tests.
-    "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4),
+    "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4, random=True),
                     adapter=Adapter(rank_attention=4, rank_mlp=2),
                     training=Training(epochs=2, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=2,
                                       checkpoint_epochs=1),

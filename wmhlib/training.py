@@ -1,7 +1,7 @@
 """`fit`: the training loop, its schedule, checkpoints and resume.
 
 Everything random in an epoch follows from (seed, epoch), and the learning rate from the step alone. A run that was killed
-therefore needs nothing but weights and optimiser to go on from its last checkpoint as if nothing had happened.
+therefore needs nothing but weights, optimiser and fp16's loss scale to go on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,13 +48,16 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     cases = read_table(run.need(run.cohort_csv, "01_download")).merge(
         read_table(run.need(run.split_csv, "02_split"))[["case", "split"]], on="case", validate="one_to_one")
 
+    AcceleratorState._reset_state()  # the precision of an earlier run in this process
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = Accelerator(mixed_precision=native_precision(settings.precision, device))
     network = WMHNet(recipe)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=settings.lr,
                                   betas=settings.betas, weight_decay=settings.weight_decay)
-    history = _resume(run, recipe, network, optimizer, progress)
+    origin = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": cases[["case", "split"]].to_csv(index=False)}
+    history = _resume(run, origin, network, optimizer, accelerator.scaler, progress)
     if len(history) == settings.epochs:
+        run.need(run.best, "03_train, after deleting the checkpoints of this run,")
         return pd.DataFrame(history)
     if progress:
         counts = budget(network)
@@ -69,14 +73,14 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
         row = {"epoch": epoch} | _train_epoch(accelerator, model, optimizer, train, recipe, epoch, progress)
         if epoch % settings.validate_epochs == 0 or epoch == settings.epochs:
             row |= _validate(accelerator, model, val, val_places, recipe)
-        better = row.get("val_dice", -1.0) > max((r.get("val_dice", -1.0) for r in history), default=-1.0)
+        better = _dice(row) > max(map(_dice, history), default=-2.0)
         history.append(row)
         if accelerator.is_main_process:
             if better:
                 save_weights(network, recipe, run.best)
-            if epoch % settings.checkpoint_epochs == 0 or epoch == settings.epochs:
-                _save_checkpoint(run, recipe, network, optimizer, history)
             write_table(pd.DataFrame(history), run.history_csv)
+            if epoch % settings.checkpoint_epochs == 0 or epoch == settings.epochs:
+                _save_checkpoint(run, origin, network, optimizer, accelerator.scaler, history)
             if progress:
                 print(f"epoch {epoch:3d}/{settings.epochs}  loss {row['train_loss']:.3f}  "
                       f"val loss {row.get('val_loss', math.nan):.3f}  val Dice {row.get('val_dice', math.nan):.3f}"
@@ -96,7 +100,7 @@ def _train_epoch(accelerator: Accelerator, model, optimizer, cases: list[CaseSli
     sums: dict[str, Tensor] = {}
     model.train()
     for step in tqdm(range(steps), f"epoch {epoch}", disable=not progress, mininterval=15, leave=False):
-        lr = learning_rate(epoch - 1 + (step + 1) / steps, settings)
+        lr = learning_rate(epoch - 1 + (step + 0.5) / steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
         group = places[step * effective : (step + 1) * effective]
@@ -138,16 +142,22 @@ def _validate(accelerator: Accelerator, model, cases: list[CaseSlices], places: 
     return {"val_loss": loss / len(places), "val_dice": float((2 * overlap / size)[size > 0].mean())}
 
 
-def _save_checkpoint(run: RunFolder, recipe: Recipe, network: WMHNet, optimizer, history: list[dict]) -> None:
-    state = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "history": history,
-             "network": network.trained_state(), "optimizer": optimizer.state_dict()}
+def _dice(row: dict) -> float:
+    """Validation Dice of an epoch; -1 where there is none, so that any other is better."""
+    value = row.get("val_dice", math.nan)
+    return -1.0 if math.isnan(value) else value
+
+
+def _save_checkpoint(run: RunFolder, origin: dict[str, str], network: WMHNet, optimizer, scaler, history: list[dict]) -> None:
+    state = {"origin": origin, "history": history, "network": network.trained_state(), "optimizer": optimizer.state_dict(),
+             "scaler": scaler.state_dict() if scaler else {}}
     with atomic(run.checkpoints / f"epoch_{len(history):04d}.pt") as temporary:
         torch.save(state, temporary)
     for old in _checkpoints(run)[_GENERATIONS:]:
         old.unlink()
 
 
-def _resume(run: RunFolder, recipe: Recipe, network: WMHNet, optimizer, progress: bool) -> list[dict]:
+def _resume(run: RunFolder, origin: dict[str, str], network: WMHNet, optimizer, scaler, progress: bool) -> list[dict]:
     """Load the newest checkpoint that is whole into network and optimiser; its history, or [] where there is none."""
     for path in _checkpoints(run):
         try:
@@ -155,10 +165,14 @@ def _resume(run: RunFolder, recipe: Recipe, network: WMHNet, optimizer, progress
         except Exception as error:  # torch raises half a dozen types for a damaged file
             print(f"checkpoint {path} is damaged and passed over: {error}", flush=True)
             continue
-        if state["recipe"] != recipe.to_json() or state["base_sha256"] != network.base_sha256:
-            raise CheckpointError(f"checkpoint {path} belongs to another recipe or base: choose another run folder")
+        differing = [name for name in origin if state["origin"][name] != origin[name]]
+        if differing:
+            raise CheckpointError(f"checkpoint {path} belongs to another {' and '.join(differing)}: choose another run folder, or "
+                                  "delete the checkpoints of this one to train again")
         network.load_trained_state(state["network"], path)
         optimizer.load_state_dict(state["optimizer"])
+        if scaler:
+            scaler.load_state_dict(state["scaler"])
         if progress:
             print(f"going on from {path.name}", flush=True)
         return state["history"]

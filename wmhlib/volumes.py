@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 
@@ -26,7 +27,9 @@ AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _LPS = axcodes2ornt(("L", "P", "S"))
 _COARSE_MM = 4.0  # grid on which the head is found
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
+_MARGIN_MM = 12.0  # of brain around that inner part
 _CEREBRUM_MM = 110.0  # from the vertex down
+_SHIFT_MM = 0.1  # between grids that count as one
 _MAX_VOXELS = 1 << 29
 
 
@@ -45,7 +48,7 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in mm along the three array axes."""
-        return tuple(float(s) for s in nib.affines.voxel_sizes(self.affine))
+        return tuple(float(s) for s in voxel_sizes(self.affine))
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
         _same_grid(t1, second.image, volume)
         images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
     labels = load_mask(mask, volume) if mask else None
-    return Case(volume, images, inner, labels, _grid(volume, head, inputs.fov))
+    return Case(volume, images, inner, labels, _grid(volume, head, inner, inputs.fov))
 
 
 def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan") -> np.ndarray:
@@ -119,9 +122,9 @@ def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan"
     values = np.sort(data[inner])
     half = len(values) // 2
     widths = values[half:] - values[: len(values) - half]
-    start = int(widths.argmin())
-    width = float(widths[start])
-    if half == 0 or width == 0:
+    start = int(widths.argmin()) if half else 0
+    width = float(widths[start]) if half else 0.0
+    if width == 0:
         raise InputError(f"{path} shows no tissue contrast inside the head ({len(values)} voxels looked at): "
                          "expected a head scan with grey values, not a mask or an empty image")
     centre = 0.5 * float(values[start] + values[start + half])
@@ -136,6 +139,16 @@ def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0) -> to
     window[:, cy : cy + y1 - y0, cx : cx + x1 - x0] = torch.from_numpy(
         np.ascontiguousarray(lps[x0:x1, y0:y1].transpose(2, 1, 0), dtype=np.float32))
     return F.interpolate(window[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
+
+
+def mask_canvas(mask: np.ndarray, grid: Grid, size: int) -> torch.Tensor:
+    """Boolean H x W x D -> boolean D x size x size; every voxel of the mask in the window keeps a pixel, however small."""
+    canvas = to_canvas(mask, grid, size) > 0.5
+    x, y, z = np.nonzero(apply_orientation(mask, ornt_transform(grid.orientation, _LPS)))
+    columns, rows = ((2 * (v - start) + 1) * size // (2 * n) for v, (start, n) in ((x, grid.columns), (y, grid.rows)))
+    seen = (columns >= 0) & (columns < size) & (rows >= 0) & (rows < size)
+    canvas[z[seen], rows[seen], columns[seen]] = True
+    return canvas
 
 
 def case_canvas(case: Case, size: int) -> torch.Tensor:
@@ -184,7 +197,7 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
         data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
     except nib.filebasedimages.ImageFileError as error:
         raise InputError(f"{path} is not a NIfTI file that can be read: {error}") from None
-    except (EOFError, OSError, zlib.error, ValueError, OverflowError) as error:
+    except (EOFError, OSError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged or incomplete ({error}): copy or download it again") from None
@@ -196,9 +209,10 @@ def _same_grid(path: str | Path, image, like: Volume) -> None:
     if image.shape != like.data.shape:
         raise InputError(f"{path} has shape {image.shape}, its FLAIR {like.path} {like.data.shape}: expected one grid; "
                          "register or resample it first")
-    shift = np.abs(image.affine - like.affine).max()
-    if shift > 0.01:
-        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (affines differ by up to {shift:.3g}): "
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in image.shape), indexing="ij")).reshape(3, -1).T
+    shift = np.abs(apply_affine(image.affine, corners) - apply_affine(like.affine, corners)).max()
+    if shift > _SHIFT_MM:
+        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (by up to {shift:.3g} mm): "
                          "expected one grid; register or resample it first")
 
 
@@ -210,7 +224,7 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Two boolean volumes: the head with its holes filled, and the part of it that scalp and skull do not reach."""
     data, spacing, native = _lps(volume.data, volume)
     step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
-    coarse = ndimage.uniform_filter(data, step)[tuple(slice(s // 2, None, s) for s in step)]
+    coarse = ndimage.uniform_filter(data, step)[tuple(slice(min(s, n) // 2, None, s) for s, n in zip(step, data.shape))]
     air, bright = max(0.0, float(coarse.min())), float(np.percentile(coarse, 99))
     parts, count = ndimage.label(coarse > air + 0.15 * (bright - air))
     if count == 0:
@@ -227,15 +241,15 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     return apply_orientation(head[index], back), apply_orientation(inner[index], back)
 
 
-def _grid(volume: Volume, head: np.ndarray, fov: float) -> Grid:
-    """The window of `fov` mm (more where the head is larger) around the middle of the head's upper part, without nose and neck."""
-    lps, spacing, native = _lps(head, volume)
+def _grid(volume: Volume, head: np.ndarray, inner: np.ndarray, fov: float) -> Grid:
+    """The window of `fov` mm (more where the brain is larger) around the middle of the head's upper part, without nose and neck."""
+    (lps, spacing, native), (inside, _, _) = _lps(head, volume), _lps(inner, volume)
     vertex = np.flatnonzero(lps.any((0, 1))).max()
     upper = lps[..., max(0, vertex - int(_CEREBRUM_MM / spacing[2])) :]
-    filled = [np.flatnonzero(upper.any((1 - axis, 2))) for axis in (0, 1)]
-    extents = [(f.max() + 1 - f.min()) * s for f, s in zip(filled, spacing)]
-    lengths = [round(max(fov, *extents) / s) for s in spacing[:2]]
-    starts = [(int(f.min() + f.max()) + 1 - n) // 2 for f, n in zip(filled, lengths)]
+    spans = [[np.flatnonzero(part.any((1 - axis, 2)))[[0, -1]] for axis in (0, 1)] for part in (upper, inside)]
+    brain = [(last + 1 - first) * s + 2 * _MARGIN_MM for (first, last), s in zip(spans[1], spacing)]
+    lengths = [round(max(fov, *brain) / s) for s in spacing[:2]]
+    starts = [(int(first + last) + 1 - n) // 2 for (first, last), n in zip(spans[0], lengths)]
     return Grid(volume.data.shape, native, (starts[0], lengths[0]), (starts[1], lengths[1]))
 
 

@@ -27,7 +27,7 @@ from .settings import Recipe
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DRIVE = Path("/content/drive")
 _TEXT_COLUMNS = ("case", "site", "flair", "t1", "mask", "group", "split", "system", "scan")
-_PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "monai", "peft", "accelerate", "safetensors",
+_PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
              "connected-components-3d", "nilearn")
 
 
@@ -55,8 +55,8 @@ class RunFolder:
     manifest = property(lambda self: self.path / "manifest.json")
 
     def open(self, recipe: Recipe) -> RunFolder:
-        """Makes the folder and writes `recipe` into it; raises RecipeError where it belongs to another recipe."""
-        if not self.recipe_json.exists():
+        """Makes the folder and writes `recipe` into it; raises RecipeError where it holds the cohort of another recipe."""
+        if not self.recipe_json.exists() or not self.cohort_csv.exists():
             write_atomic(self.recipe_json, recipe.to_json())
         there, here = _settings(self.recipe()), _settings(recipe)
         differing = [f"{name} is {there[name]!r} there and {here[name]!r} here" for name in here if there[name] != here[name]]
