@@ -4,7 +4,7 @@ import pytest
 
 from wmhlib import cohort, volumes
 from wmhlib.errors import InputError
-from wmhlib.settings import preset
+from wmhlib.settings import Inputs, preset
 from wmhlib.workspace import write_atomic
 
 
@@ -51,10 +51,11 @@ def test_bids_with_sessions_takes_the_lesion_mask_among_others(touch):
     assert all("space-FLAIR_T1w" in t1 for t1 in cases.t1)
 
 
-def test_a_brain_mask_is_no_lesion_mask(touch):
+def test_a_brain_mask_is_no_lesion_mask_and_the_scan_without_one_is_named(touch, capsys):
     folder = touch("sub-1/anat/sub-1_FLAIR.nii.gz", "derivatives/x/sub-1/anat/sub-1_label-brain_mask.nii.gz")
-    with pytest.warns(UserWarning, match="left out 1 scans without a mask"), pytest.raises(InputError, match="no labelled cases"):
+    with pytest.raises(InputError, match="no labelled cases"):
         cohort.find_cases(folder)
+    assert "left out 1 scans without a mask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -99,9 +100,12 @@ def test_a_bad_file_is_named(tiny_nifti):
         cohort.check_cases(cases)
 
 
-def test_a_t1_on_another_grid_is_a_warning(tiny_nifti):
+def test_a_t1_on_another_grid_is_a_warning_and_an_error_where_t1_is_an_input(tiny_nifti):
     tiny_nifti("Utrecht/1/pre/T1.nii.gz", shape=(20, 20, 10))
-    assert "T1 lies on another grid" in cohort.check_cases(case_on_disk(tiny_nifti)).warnings[0]
+    cases = case_on_disk(tiny_nifti)
+    assert "T1 lies on another grid" in cohort.check_cases(cases).warnings[0]
+    with pytest.raises(InputError, match="T1.nii.gz has shape"):
+        cohort.check_cases(cases, Inputs(modalities=("flair", "t1")))
 
 
 def made_up(sites):
@@ -120,7 +124,7 @@ def test_every_site_gives_to_every_part_in_the_shares_asked_for():
 
 
 def test_the_test_cases_span_the_burden():
-    split = cohort.split_cases(made_up({"Utrecht": 40}), preset("demo"))
+    split = cohort.split_cases(made_up({"Utrecht": 40}), preset("demo", "split.test=0.3"))
     ranks = split.lesion_ml.rank()[split.split == "test"]
     thirds = np.histogram(ranks, [0, 40 / 3, 80 / 3, 41])[0]
     assert ranks.size == 12 and thirds.min() >= 4 and thirds.max() <= 4

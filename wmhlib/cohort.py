@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pandas as pd
 
 from . import volumes
 from .errors import InputError
-from .settings import Recipe
+from .settings import Inputs, Recipe
 from .workspace import stable_seed
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
@@ -27,7 +26,7 @@ def find_cases(folder: str | Path) -> pd.DataFrame:
     Layouts: the WMH Challenge (`<site>/<id>/pre/FLAIR.nii.gz`, `pre/T1.nii.gz`, `wmh.nii.gz`; `.nii` as in the Kaggle
     mirror) and BIDS (`sub-*/[ses-*/]anat/*_FLAIR.nii.gz`, masks and FLAIR-space T1w also under `derivatives`).
     Columns: case (unique), site (the folder above the case; in BIDS the dataset's), flair, t1 ("" if none), mask
-    (absolute paths), group ("training", "test" or ""). Scans without a mask are left out with a warning.
+    (absolute paths), group ("training", "test" or ""). Scans without a mask are left out, and named.
     Raises InputError for a missing folder, no labelled case, two files for one role, or two cases of one name.
     """
     folder = Path(folder).expanduser().absolute()
@@ -37,7 +36,7 @@ def find_cases(folder: str | Path) -> pd.DataFrame:
     cases = pd.DataFrame(_challenge_cases(files) + _bids_cases(files), columns=_COLUMNS)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
-        warnings.warn(f"left out {len(unlabelled)} scans without a mask: {', '.join(unlabelled[:3])} ...", stacklevel=2)
+        print(f"left out {len(unlabelled)} scans without a mask: {', '.join(unlabelled[:3])} ...", flush=True)
     cases = cases[cases["mask"] != ""]
     if cases.empty:
         raise InputError(f"no labelled cases in {folder} ({len(files)} NIfTI files): expected <site>/<id>/pre/FLAIR.nii.gz with "
@@ -49,12 +48,12 @@ def find_cases(folder: str | Path) -> pd.DataFrame:
     return cases.loc[order].reset_index(drop=True)
 
 
-def check_cases(cases: pd.DataFrame) -> pd.DataFrame:
-    """Reads each case of `find_cases` as training will and describes it, one row each: case, site, shape, spacing (mm),
+def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None) -> pd.DataFrame:
+    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given) will, and describes it, one row each: case, site, shape, spacing (mm),
     orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings (none is fatal). Raises InputError naming the
     first file that cannot be used.
     """
-    return pd.DataFrame([_check(row) for row in cases.to_dict("records")])
+    return pd.DataFrame([_check(row, inputs) for row in cases.to_dict("records")])
 
 
 def examples(cases: pd.DataFrame) -> list[dict]:
@@ -170,8 +169,8 @@ def _even_steps(ordered: list, count: int, rng: np.random.Generator) -> list:
     return [ordered[int((start + i) * len(ordered) / count)] for i in range(count)]
 
 
-def _check(row: dict) -> dict:
-    case = volumes.load_case(row["flair"], mask=row["mask"])
+def _check(row: dict, inputs: Inputs | None) -> dict:
+    case = volumes.load_case(row["flair"], row.get("t1"), row["mask"], inputs)
     flair = case.volume
     orientation = "".join(nibabel.aff2axcodes(flair.affine))
     labels, counts = np.unique(case.mask, return_counts=True)
