@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
 
-.PHONY: help demo test pipeline predict notebooks assets lint
+.PHONY: help demo test pipeline predict score notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RU
 
 predict: .venv/installed  ## notebook 06 on one scan: FLAIR=path OUT=folder T1=path RUN=runs/demo
 	$(SUITE) predict --run "$(or $(RUN),$(DEMO))" --flair "$(FLAIR)" --t1 "$(T1)" --out "$(OUT)"
+
+score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
+	$(BIN)/python -m wmhlib.report "$(FLAIR)" "$(REFERENCE)" "$(RESULT)"
 
 test: .venv/tests  ## every test
 	$(BIN)/python -m pytest -q

@@ -7,7 +7,7 @@ from wmhlib.batches import CaseSlices, augment, draw_slices, drop_modalities, st
 from wmhlib.settings import Augment, Inputs
 from wmhlib.volumes import AIR, BRIGHTEST
 
-OFF = Augment(rotation=0, scale=0, flips=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
+OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
 
 def case(name, depth=40, lesions=(3, 4, 20), modalities=1):
@@ -56,7 +56,7 @@ def test_augmentation_off_is_the_identity():
     assert torch.equal(found_labels, labels)
 
 
-@pytest.mark.parametrize("setting", ["flips", "rotate90"])
+@pytest.mark.parametrize("setting", ["flips", "flips_ap", "rotate90"])
 def test_flips_and_quarter_turns_move_image_and_labels_as_one_and_lose_nothing(setting):
     images, labels = batch(64)
     found, found_labels = augment(images, labels, replace(OFF, **{setting: True}), torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from wmhlib import report
+from wmhlib.errors import InputError
 from wmhlib.volumes import load_mask, load_volume
 
 
@@ -45,3 +46,15 @@ def test_the_gallery_ranks_the_cases_that_have_a_dice(scored):
 def test_captions_name_the_data_and_what_good_looks_like():
     text = report.caption("predictions", data="synthetic cases", n=9)
     assert "9 synthetic cases" in text and "Good:" in text
+
+
+def test_a_mask_file_is_scored_against_its_reference_on_the_grid_of_its_scan(tiny_nifti):
+    reference = np.zeros((24, 28, 10), np.uint8)
+    reference[10:14, 10:14, 4:6], reference[3, 3, 3] = 1, 2
+    paths = tiny_nifti("FLAIR.nii.gz"), tiny_nifti("wmh.nii.gz", data=reference)
+    found = report.score_files(*paths, tiny_nifti("same.nii.gz", data=(reference > 0).astype(np.uint8)))
+    assert (found["dsc"], found["hd95"], found["reference_ml"]) == (1, 0, pytest.approx(0.096))
+    half = reference * (np.arange(10) < 5)
+    assert report.score_files(*paths, tiny_nifti("half.nii.gz", data=half.astype(np.uint8)))["dsc"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="other.nii.gz has shape"):
+        report.score_files(*paths, tiny_nifti("other.nii.gz", shape=(5, 5, 5)))

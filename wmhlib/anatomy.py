@@ -167,16 +167,20 @@ class Patient:
 
         gate = ((white - 0.6) * 4).clamp_(0, 1) * (height > -18 + 3 * self.fine)
         soft = self.uniform(0.04, 0.1)
+
+        def fraction(score, gate):  # small lesions too reach their full contrast
+            return (1.3 * torch.sigmoid(score / soft) * gate).clamp_(max=1)
+
         slices = gate[..., ::SUB] + gate[..., 1::SUB] > 0.2
         some_score, some_gate = (torch.stack([v[..., k::SUB][slices] for k in range(SUB)], -1) for v in (score, gate))
         wanted = 1000 * self.burden / voxel
         low, high = -8.0, 8.0
         for _ in range(16):
             middle = (low + high) / 2
-            drawn = ((torch.sigmoid((some_score - middle) / soft) * some_gate).mean(-1) >= 0.5).sum()
+            drawn = (fraction(some_score - middle, some_gate).mean(-1) >= 0.5).sum()
             low, high = (middle, high) if drawn > wanted else (low, middle)
         score -= high
-        return torch.sigmoid(score / soft) * gate, score.clamp_(0, 1)
+        return fraction(score, gate), score.clamp_(0, 1)
 
     def other_pathology(self) -> tuple[torch.Tensor, torch.Tensor]:
         """In a fifth of the cases a cortical infarct or a lacune: fluid core and whole extent, as fractions."""

@@ -83,7 +83,7 @@ def augment(images: Tensor, labels: Tensor, settings: Augment, generator: torch.
     angle, stretch = uniform(math.radians(settings.rotation)), torch.exp(uniform(math.log1p(settings.scale)))
     turns, mirror = (torch.randint(n, (b,), generator=generator).to(device) for n in (4, 4))
     angle = angle + turns * (math.pi / 2) * settings.rotate90
-    flip_x, flip_y = (1 - 2 * (mirror >> bit & 1) * settings.flips for bit in (0, 1))
+    flip_x, flip_y = (1 - 2 * (mirror >> bit & 1) * on for bit, on in enumerate((settings.flips, settings.flips_ap)))
     cos, sin, zero = torch.cos(angle) * stretch, torch.sin(angle) * stretch, torch.zeros(b, device=device)
     theta = torch.stack([torch.stack([cos * flip_x, -sin * flip_y, zero], 1), torch.stack([sin * flip_x, cos * flip_y, zero], 1)], 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)

@@ -143,7 +143,7 @@ class Scan:
         bright = max(uniform(1.5, 2.1), cortex + uniform(0.4, 0.7))
         tissue = grey * cortex * patient.grey_shades() + white * patient.white_shades()
         level = 1 + (bright - 1) * (0.85 + 0.3 * inner + 0.1 * patient.fine)
-        tissue += (1.3 * lesion).clamp(max=1) * (level * (grey + white) - tissue)  # drawn where it is clearly bright
+        tissue += lesion * (level * (grey + white) - tissue)
         tissue += 0.8 * extent * (bright * (grey + white) - tissue)
         flair = compose(tissue, values[CSF] + patient.fluid_shades(), values)
         values = [uniform(*r) for r in _T1]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .errors import WMHError
 from .metrics import SCORES, bootstrap_ci, challenge_scores, filter_components, reference_parts, volume_ml
 from .slices import head_box, height_mm, to_display
-from .volumes import save_like
+from .volumes import load_mask, load_volume, save_like
 
 SYSTEMS = ("operating point", "network at 0.5", "FLAIR z-score")
 _DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
@@ -81,6 +83,14 @@ def results_text(metrics: pd.DataFrame, seed: int = 42) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def score_files(flair: str | Path, reference: str | Path, result: str | Path) -> dict[str, float]:
+    """The challenge's five scores and both volumes (mL) of a mask file against its reference, both on the grid of `flair`."""
+    scan = load_volume(flair)
+    reference, result = load_mask(reference, scan), load_mask(result, scan)
+    return challenge_scores(reference, result == 1, scan.spacing) | {
+        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result, scan.spacing)}
+
+
 def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
     """The slice of a case with most lesion, cropped to the head: `case`, `site`, `dsc`, 2-D `flair`, `reference`,
     `result` as shown, `spacing` (mm, rows and columns), `z_mm`. Small, so that one can be kept of every case."""
@@ -145,3 +155,12 @@ _CAPTIONS = {
 def caption(name: str, data: str, n: int = 1) -> str:
     """What figure `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans")."""
     return _CAPTIONS[name].format(data=data, n=n)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m wmhlib.report FLAIR REFERENCE RESULT")
+    try:
+        print("  ".join(f"{name} {value:.3f}" for name, value in score_files(*sys.argv[1:]).items()))
+    except WMHError as error:
+        sys.exit(f"error: {error}")

@@ -105,7 +105,8 @@ class Augment:
 
     rotation: float = 15.0  # degrees, either way
     scale: float = 0.1  # relative, either way
-    flips: bool = True
+    flips: bool = True  # left-right
+    flips_ap: bool = True  # front-back
     rotate90: bool = True
     gamma: float = 0.3  # log range, either way
     noise: float = 0.1  # highest standard deviation, in units of the normalised slice
@@ -284,10 +285,10 @@ PRESETS = {
     "original": Recipe(name="original", skip=False, training=Training(precision="fp16")),
     # A small encoder with random weights on a synthetic cohort: minutes on two cores.
     "demo": Recipe(name="demo", inputs=Inputs(img_size=208, fov=208.0), encoder=_SMALL,
-                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(rotate90=False, bias_field=0.15),
+                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(flips_ap=False, rotate90=False, bias_field=0.2),
                    training=Training(epochs=10, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=9,
-                                     checkpoint_epochs=2, train_negatives=0.15, precision="bf16"),
-                   split=Split(val=0.17, test=0.25), operating=Operating(views=4), cohort=Cohort(synthetic_cases=36)),
+                                     checkpoint_epochs=2, train_negatives=0.2, precision="bf16"),
+                   split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=36)),
     # Seconds: every step at toy size, for the tests.
     "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4, random=True),
                     adapter=Adapter(rank_attention=4, rank_mlp=2),
