@@ -77,6 +77,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(new_run, capsys)
     assert_same(outcome(whole), outcome(damaged))
 
 
+def test_a_checkpoint_of_another_program_is_named_and_passed_over(new_run, capsys):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
+    run.checkpoints.mkdir()
+    torch.save({"state_dict": torch.zeros(1)}, run.checkpoints / "epoch_9999.pt")
+    assert len(training.fit(run, progress=False)) == 1 and "epoch_9999.pt" in capsys.readouterr().out
+
+
 def test_two_generations_are_kept_and_a_finished_run_is_left_alone(new_run):
     run = new_run("run")
     history = training.fit(run, progress=False)

@@ -189,6 +189,8 @@ def _t1_notes(t1: str, flair: volumes.Volume) -> list[str]:
     if not t1:
         return ["no T1"]
     image = volumes.load_volume(t1).image
-    if image.shape == flair.data.shape and np.allclose(image.affine, flair.affine, atol=0.01):
-        return []
-    return ["T1 lies on another grid than the FLAIR: register it before training with it"]
+    try:
+        volumes.check_grid(t1, image, flair)
+    except InputError:
+        return ["T1 lies on another grid than the FLAIR: register it before training with it"]
+    return []

@@ -9,18 +9,16 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
-from nibabel.affines import apply_affine, voxel_sizes
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.affines import apply_affine
+from nibabel.orientations import io_orientation
+
+from .volumes import reorient
 
 
 def to_display(affine: np.ndarray, *volumes: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The volumes with rows running to posterior, columns to the patient's left, slices to superior; and the voxel size
     in mm along these three axes."""
-    native = io_orientation(affine)
-    turn = ornt_transform(native, axcodes2ornt(("P", "L", "S")))
-    spacing = np.empty(3)
-    spacing[turn[:, 0].astype(int)] = voxel_sizes(affine)
-    return tuple(apply_orientation(volume, turn) for volume in volumes), spacing
+    return reorient(affine, "PLS", *volumes)
 
 
 def height_mm(affine: np.ndarray, shape, z: int) -> float:

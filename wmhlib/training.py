@@ -162,10 +162,10 @@ def _resume(run: RunFolder, origin: dict[str, str], network: WMHNet, optimizer, 
     for path in _checkpoints(run):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for a damaged file
-            print(f"checkpoint {path} is damaged and passed over: {error}", flush=True)
+            differing = [name for name in origin if state["origin"][name] != origin[name]]
+        except Exception as error:  # torch raises half a dozen types for a damaged file, and another program's has no origin
+            print(f"checkpoint {path} is damaged or not ours and passed over: {error!r}", flush=True)
             continue
-        differing = [name for name in origin if state["origin"][name] != origin[name]]
         if differing:
             raise CheckpointError(f"checkpoint {path} belongs to another {' and '.join(differing)}: choose another run folder, or "
                                   "delete the checkpoints of this one to train again")

@@ -90,7 +90,7 @@ def load_volume(path: str | Path) -> Volume:
 def load_mask(path: str | Path, like: Volume) -> np.ndarray:
     """Read a label mask (uint8, 0 background, 1 lesion, 2 other pathology) on the grid of `like`, else InputError."""
     image, data = _read(path)
-    _same_grid(path, image, like)
+    check_grid(path, image, like)
     labels = np.unique(data)
     if not set(labels) <= {0.0, 1.0, 2.0}:
         raise InputError(f"{path} holds the labels {_some(labels)}: expected only 0, 1 (lesion) and 2 (other pathology)")
@@ -107,10 +107,30 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     images[0] = normalise(volume.data, inner, flair)
     if t1 and "t1" in inputs.modalities:
         second = load_volume(t1)
-        _same_grid(t1, second.image, volume)
+        check_grid(t1, second.image, volume)
         images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
     labels = load_mask(mask, volume) if mask else None
     return Case(volume, images, inner, labels, _grid(volume, head, inner, inputs.fov))
+
+
+def check_grid(path: str | Path, image: nib.spatialimages.SpatialImage, like: Volume) -> None:
+    """Raise InputError unless `image`, read from `path`, has the shape of `like` and its corners at the same places in mm."""
+    if image.shape != like.data.shape:
+        raise InputError(f"{path} has shape {image.shape}, its FLAIR {like.path} {like.data.shape}: expected one grid; "
+                         "register or resample it first")
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in image.shape), indexing="ij")).reshape(3, -1).T
+    shift = np.abs(apply_affine(image.affine, corners) - apply_affine(like.affine, corners)).max()
+    if shift > _SHIFT_MM:
+        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (by up to {shift:.3g} mm): "
+                         "expected one grid; register or resample it first")
+
+
+def reorient(affine: np.ndarray, axes: str, *arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Arrays of one grid turned so that their axes run to `axes` ("LPS", ...), and the voxel size in mm along these."""
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
+    spacing = np.empty(3)
+    spacing[turn[:, 0].astype(int)] = voxel_sizes(affine)
+    return tuple(apply_orientation(array, turn) for array in arrays), spacing
 
 
 def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan") -> np.ndarray:
@@ -205,24 +225,13 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
     return nib.Nifti1Image(data, image.affine, header), data
 
 
-def _same_grid(path: str | Path, image, like: Volume) -> None:
-    if image.shape != like.data.shape:
-        raise InputError(f"{path} has shape {image.shape}, its FLAIR {like.path} {like.data.shape}: expected one grid; "
-                         "register or resample it first")
-    corners = np.array(np.meshgrid(*((0, n - 1) for n in image.shape), indexing="ij")).reshape(3, -1).T
-    shift = np.abs(apply_affine(image.affine, corners) - apply_affine(like.affine, corners)).max()
-    if shift > _SHIFT_MM:
-        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (by up to {shift:.3g} mm): "
-                         "expected one grid; register or resample it first")
-
-
 def _some(values: np.ndarray) -> str:
     return ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
 
 
 def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Two boolean volumes: the head with its holes filled, and the part of it that scalp and skull do not reach."""
-    data, spacing, native = _lps(volume.data, volume)
+    (data,), spacing = reorient(volume.affine, "LPS", volume.data)
     step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
     coarse = ndimage.uniform_filter(data, step)[tuple(slice(min(s, n) // 2, None, s) for s, n in zip(step, data.shape))]
     air, bright = max(0.0, float(coarse.min())), float(np.percentile(coarse, 99))
@@ -237,29 +246,20 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     vertex = np.flatnonzero(head.any((0, 1))).max()
     inner[..., : max(0, vertex - int(_CEREBRUM_MM / (spacing[2] * step[2])))] = False
     index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(data.shape, step, head.shape)))
-    back = ornt_transform(_LPS, native)
+    back = ornt_transform(_LPS, io_orientation(volume.affine))
     return apply_orientation(head[index], back), apply_orientation(inner[index], back)
 
 
 def _grid(volume: Volume, head: np.ndarray, inner: np.ndarray, fov: float) -> Grid:
     """The window of `fov` mm (more where the brain is larger) around the middle of the head's upper part, without nose and neck."""
-    (lps, spacing, native), (inside, _, _) = _lps(head, volume), _lps(inner, volume)
+    (lps, inside), spacing = reorient(volume.affine, "LPS", head, inner)
     vertex = np.flatnonzero(lps.any((0, 1))).max()
     upper = lps[..., max(0, vertex - int(_CEREBRUM_MM / spacing[2])) :]
     spans = [[np.flatnonzero(part.any((1 - axis, 2)))[[0, -1]] for axis in (0, 1)] for part in (upper, inside)]
     brain = [(last + 1 - first) * s + 2 * _MARGIN_MM for (first, last), s in zip(spans[1], spacing)]
     lengths = [round(max(fov, *brain) / s) for s in spacing[:2]]
     starts = [(int(first + last) + 1 - n) // 2 for (first, last), n in zip(spans[0], lengths)]
-    return Grid(volume.data.shape, native, (starts[0], lengths[0]), (starts[1], lengths[1]))
-
-
-def _lps(array: np.ndarray, volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`array` turned to LPS axes, the voxel size along these in mm, and the scan's own orientation."""
-    native = io_orientation(volume.affine)
-    to_lps = ornt_transform(native, _LPS)
-    spacing = np.empty(3)
-    spacing[to_lps[:, 0].astype(int)] = volume.spacing
-    return apply_orientation(array, to_lps), spacing, native
+    return Grid(volume.data.shape, io_orientation(volume.affine), (starts[0], lengths[0]), (starts[1], lengths[1]))
 
 
 def _overlap(window: tuple[int, int], size: int) -> tuple[int, int, int]:
