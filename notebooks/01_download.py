@@ -80,7 +80,7 @@ write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
 checks
 
 # %% [markdown]
-# One case of each site, as the network will see it. A look at this page finds what no check does.
+# One case of each site, as radiologists look at it. A look at this page finds what no check does.
 
 # %%
 shown = cohort.examples(cases)

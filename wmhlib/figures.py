@@ -140,7 +140,7 @@ def bland_altman_figure(reference_ml, result_ml, site) -> Figure:
         if np.isfinite(agreement[name + "_ci"]).all():
             ax.axhspan(*agreement[name + "_ci"], color=colour, alpha=0.12, linewidth=0)
             ax.axhline(agreement[name], color=colour, linestyle=style, linewidth=1.3)
-            ax.text(1.01, agreement[name], f"{label}\n{agreement[name]:+.1f} mL", va="center", color=colour,
+            ax.text(1.01, agreement[name], f"{label}\n{agreement[name]:+z.1f} mL", va="center", color=colour,
                     fontsize=8.5, transform=ax.get_yaxis_transform())
     ax.set(title="Agreement", xlabel="mean of result and reference (mL)", ylabel="result - reference (mL)")
     return fig
