@@ -6,23 +6,29 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
 
-.PHONY: help demo test pipeline predict score notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: .venv/installed  ## notebooks 01-05 on a synthetic cohort: SEED=42 RUN=runs/demo
-	$(SUITE) --preset demo --seed $(SEED) --run "$(or $(RUN),$(DEMO))"
+	$(SUITE) --preset demo --seed $(SEED) --run "$${RUN:-$(DEMO)}"
 
 pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM=zenodo OVERRIDES=
-	$(SUITE) --preset $(PRESET) --seed $(SEED) --run "$(or $(RUN),runs/$(PRESET))" --data "$(DATA)" --source "$(SOURCE)" \
-	  --medsam "$(MEDSAM)" --overrides "$(OVERRIDES)"
+	$(SUITE) --preset $(PRESET) --seed $(SEED) --run "$${RUN:-runs/$(PRESET)}" --data "$$DATA" --source "$$SOURCE" \
+	  --medsam "$$MEDSAM" --overrides "$$OVERRIDES"
 
-predict: .venv/installed  ## notebook 06 on one scan: FLAIR=path OUT=folder T1=path RUN=runs/demo
-	$(SUITE) predict --run "$(or $(RUN),$(DEMO))" --flair "$(FLAIR)" --t1 "$(T1)" --out "$(OUT)"
+report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found: RUN=runs/demo
+	$(SUITE) report --run "$${RUN:-$(DEMO)}"
+
+evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=runs/demo OUT=folder
+	$(SUITE) evaluate --run "$${RUN:-$(DEMO)}" --data "$$DATA" --out "$$OUT"
+
+predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder, OUT=folder T1=path RUN=runs/demo
+	$(SUITE) predict --run "$${RUN:-$(DEMO)}" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
-	$(BIN)/python -m wmhlib.report "$(FLAIR)" "$(REFERENCE)" "$(RESULT)"
+	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
 
 test: .venv/tests  ## every test
 	$(BIN)/python -m pytest -q

@@ -44,7 +44,7 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
-data_dir: str = ""  # folder of cases (challenge or BIDS layout), or where a download goes; empty: <run folder>/data
+data_dir: str = ""  # your cases: a folder (challenge, Kaggle or BIDS layout) or a CSV table; or where a download goes; empty: <run folder>/data
 source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic
 medsam: str = ""  # weights of the encoder: empty for the recipe's own, zenodo to fetch MedSAM, or a checkpoint file
 seed: int = 42  # of everything random
@@ -54,8 +54,6 @@ overrides: str = ""  # settings to change, the way the text above shows
 # The recipe is written once. The run folder refuses another one later, so that its files always belong together.
 
 # %%
-from IPython.display import Markdown, display
-
 from wmhlib import cohort, download, figures, report, settings
 from wmhlib.workspace import RunFolder, write_table
 
@@ -77,13 +75,11 @@ print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_d
 # %%
 checks = cohort.check_cases(cases, recipe.inputs)
 write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
-checks
+checks.drop(columns="digest")
 
 # %% [markdown]
 # One case of each site, as radiologists look at it. A look at this page finds what no check does.
 
 # %%
 shown = cohort.examples(cases)
-figure = figures.cohort_figure(shown)
-figures.save_figure(figure, run.figures / "cohort.png")
-display(figure, Markdown(report.caption("cohort", cohort.describe(cases), len(shown))))
+report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases), len(shown))

@@ -18,7 +18,7 @@
 #
 # # 2 · Train, validation and test cases
 #
-# Deals the cases of each site over training, validation and test so that each part spans the lesion burden.
+# Deals the subjects over training, validation and test: by site and lesion burden, or by one of three other protocols.
 # Validation cases will choose the operating point, test cases are looked at once, at the end.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
@@ -44,12 +44,10 @@ preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]
-# The cohort of notebook 01, with the lesion volume of every case.
+# The cohort of notebook 01, with subject and lesion volume of every case.
 
 # %%
-from IPython.display import Markdown, display
-
-from wmhlib import cohort, figures, report
+from wmhlib import cohort, figures, report, splits
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 run = RunFolder(run_dir or f"{root}/{preset}")
@@ -57,17 +55,25 @@ recipe = run.recipe(preset)
 cases = read_table(run.need(run.cohort_csv, "01_download"))
 
 # %% [markdown]
-# In each site the cases are ordered by burden and drawn at even steps. All sessions of a subject stay together.
+# Subjects are dealt, so all scans of one stay together. The setting `split.protocol` of notebook 01 says how: `stratified` draws
+# from every site, evenly over its lesion burden; `challenge`, `leave-one-site-out` and `k-fold` say who is tested, and only the
+# validation subjects are drawn so.
 
 # %%
-split = cohort.split_cases(cases, recipe)
+split = splits.split_cases(cases, recipe)
 write_table(split, run.split_csv)
-split.groupby(["site", "split"]).lesion_ml.agg(["count", "median", "min", "max"]).round(1)
+print(f"protocol {recipe.split.protocol}, seed {recipe.seed}")
+splits.split_table(split)
 
 # %% [markdown]
-# The three parts should look alike in every column.
+# No subject and no file may be on two sides. If you change the table by hand, check it this way.
 
 # %%
-figure = figures.split_figure(split)
-figures.save_figure(figure, run.figures / "split.png")
-display(figure, Markdown(report.caption("split", cohort.describe(cases), len(split))))
+split = splits.check_split(read_table(run.split_csv), cases)
+print(f"{split.subject.nunique()} subjects, each in one of {', '.join(split.split.unique())}")
+
+# %% [markdown]
+# Within a site the parts should span a similar range of burden; a site that is left out is all test.
+
+# %%
+report.show(figures.split_figure(split), run, "split", cohort.describe(cases), len(split))

@@ -47,8 +47,6 @@ run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 # Recipe and split say all there is to say; nothing is chosen here.
 
 # %%
-from IPython.display import Markdown, display
-
 from wmhlib import cohort, figures, report, training
 from wmhlib.workspace import RunFolder, read_table
 
@@ -67,7 +65,5 @@ history.tail()
 # The curves tell whether training was long enough and whether it went on too long.
 
 # %%
-figure = figures.training_curves(history)
-figures.save_figure(figure, run.figures / "training_curves.png")
-data = cohort.describe(read_table(run.cohort_csv))
-display(figure, Markdown(report.caption("training_curves", data, (split.split == "train").sum())))
+data, n = cohort.describe(read_table(run.cohort_csv)), (split.split == "train").sum()
+report.show(figures.training_curves(history), run, "training_curves", data, n)

@@ -49,9 +49,6 @@ run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 # %%
 import json
 
-import pandas as pd
-from IPython.display import Markdown, display
-
 from wmhlib import cohort, figures, report, search
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
@@ -61,33 +58,30 @@ recipe = run.recipe(preset)
 engine = WMHInferenceEngine.from_run(run)
 
 # %% [markdown]
-# Each validation case is predicted once; the whole grid is then tried on the stored probabilities.
+# Each validation case is predicted once and read once; the whole grid is tried on its probabilities.
+# The smallest component counts voxels in one half of the grid and mm3 in the other, which carries over between voxel sizes.
 
 # %%
-cases = list(engine.cases(run, "val"))
-table = search.search(cases, recipe.operating)
+table, validation = search.search(engine.cases(run, "val"), recipe.operating)
 write_table(table, run.search_csv)
 
 # %% [markdown]
-# The centre of the plateau carries over to new cases better than a narrow peak. The z-score threshold of the baseline is tuned on the same cases, as fairness asks.
+# The centre of the plateau carries over to new cases better than a narrow peak. The baseline's z-score threshold and the
+# limit above which a case is flagged as unsure are chosen on the same cases, as fairness asks.
 
 # %%
-point = search.choose(table) | {"zscore_threshold": search.tune_zscore(cases)}
+point = search.choose(table, validation)
 write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 
 # %% [markdown]
-# The whole grid, with the plateau and the choice marked.
+# The whole grid, with the plateau, the choice and the recipe's own point marked.
 
 # %%
-figure = figures.search_heatmap(table, point)
-figures.save_figure(figure, run.figures / "search_heatmap.png")
-data = cohort.describe(read_table(run.cohort_csv))
-display(figure, Markdown(report.caption("search_heatmap", data, len(cases))))
+data, n = cohort.describe(read_table(run.cohort_csv)), len(validation)
+report.show(figures.search_heatmap(table, point, vars(recipe.operating)), run, "search_heatmap", data, n)
 
 # %% [markdown]
-# The choice beside the recipe's own point, on the same validation cases (no second row: the recipe's point is off the grid tried).
+# The choice beside the recipe's own point, on the same validation cases.
 
 # %%
-points = pd.DataFrame([{"point": "chosen", **point}, {"point": "recipe", **vars(recipe.operating)}])
-columns = ["point", "threshold", "min_voxels", "tta", "dsc", "se", "n"]
-points[columns[:4]].merge(table, on=columns[1:4])[columns]
+report.tell(report.comparison_table(search.compare(table, point, recipe.operating, recipe.seed)), "comparison", data, n)

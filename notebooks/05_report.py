@@ -16,10 +16,10 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/05_report.ipynb)
 #
-# # 5 · Results on the test cases
+# # 5 · Results
 #
-# Scores the test cases once with the metrics of the WMH Segmentation Challenge, beside two baselines,
-# each mean with its 95 % interval.
+# Scores test cases, or other labelled cases, with the metrics of the WMH Segmentation Challenge, beside three other systems,
+# each mean with its 95 % interval; says how well volumes agree, where the method fails, and when it knows.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -42,6 +42,8 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
+out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>
 
 # %% [markdown]
 # Weights from notebook 03, operating point from 04. Nothing is tuned from here on.
@@ -50,75 +52,139 @@ run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 import json
 
 import pandas as pd
-from IPython.display import Image, Markdown, display
+from IPython.display import HTML, Image, Markdown, display
 
-from wmhlib import cohort, figures, report
+from wmhlib import adapters, charts, download, evaluation, figures, methods, report, viewer
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.workspace import RunFolder
 
+pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 run = RunFolder(run_dir or f"{root}/{preset}")
 recipe = run.recipe(preset)
-point = json.loads(run.need(run.operating_point, "04_search").read_text())
+run.need(run.operating_point, "04_search")
 engine = WMHInferenceEngine.from_run(run)
-data = cohort.describe(read_table(run.cohort_csv))
+out = download.open_evaluation(run, data_dir, out_dir) if data_dir else run
 
 # %% [markdown]
-# Every test case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer.
+# Every case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer.
 
 # %%
-cases = report.save_masks(engine.cases(run, "test"), point, run.predictions)
-metrics, gallery = report.score_cases(cases, point)
-write_table(metrics, run.metrics_csv)
+cases = evaluation.save_masks(engine.cases(out, "test"), engine.point, out.predictions)
+results = evaluation.evaluate(cases, engine.point, recipe.operating)
+results.write(out)
+story = methods.Story.of(run, out, adapters.budget(engine.model))
+data, n = story.data, len(story.evaluated)
+Markdown(story.heading())
 
 # %% [markdown]
-# The headline: the operating point beside the same network at 0.5 without post-processing, and beside a plain FLAIR z-score threshold.
+# ## Results
+#
+# The operating point beside the recipe's own point, the same network at 0.5 without post-processing, and a plain FLAIR
+# z-score threshold.
 
 # %%
-display(report.results_table(metrics, recipe.seed))
-display(Markdown(report.caption("results", data, len(gallery))))
+report.tell(report.results_table(results.metrics, recipe.seed), "results", data, n)
 
 # %% [markdown]
-# Each case by site.
+# The operating point against the others, case by case.
 
 # %%
-figure = figures.site_figure(metrics)
-figures.save_figure(figure, run.figures / "sites.png")
-display(figure, Markdown(report.caption("sites", data, len(gallery))))
+report.tell(report.paired_table(results.metrics, recipe.seed), "paired", data, n)
 
 # %% [markdown]
-# Best, median and worst case, so that failures show too.
+# ## By site
 
 # %%
-figure = figures.predictions_figure(report.best_median_worst(gallery))
-figures.save_figure(figure, run.figures / "predictions.png")
-display(figure, Markdown(report.caption("predictions", data, len(gallery))))
+report.show(charts.site_figure(results.metrics, recipe.seed), out, "sites", data, n)
+report.tell(report.group_table(results.own, "site", recipe.seed), "groups", data, n)
 
 # %% [markdown]
+# ## Lesion volume
+#
 # Lesion volume is what clinical studies use; agreement says more about it than correlation.
 
 # %%
-own = metrics[metrics.system == "operating point"]
-figure = figures.bland_altman_figure(own.reference_ml, own.result_ml, own.site)
-figures.save_figure(figure, run.figures / "bland_altman.png")
-display(figure, Markdown(report.caption("bland_altman", data, len(own))))
+own = results.own
+report.show(charts.bland_altman_figure(own.reference_ml, own.result_ml, own.site), out, "bland_altman", data, n)
+report.tell(report.volume_table(own), "volumes", data, n)
 
 # %% [markdown]
-# How the network was trained and how the operating point was found, from notebooks 03 and 04.
+# ## Where it fails: small burden, small lesions, deep white matter
+
+# %%
+report.show(charts.strata_figure(results.metrics, results.lesions, results.zones, recipe.seed), out, "strata", data, n)
+report.tell(report.group_table(results.own, "burden", recipe.seed), "groups", data, n)
+report.tell(report.size_table(results.lesions, recipe.seed), "sizes", data, n)
+report.tell(report.zone_table(results.zones, results.lesions, recipe.seed), "zones", data, n)
+
+# %% [markdown]
+# ## Can the probabilities be believed?
+
+# %%
+report.show(charts.calibration_figure(results.calibration, recipe.seed), out, "calibration", data, n)
+
+# %% [markdown]
+# ## Does it know when it is unsure?
+
+# %%
+report.show(charts.uncertainty_figure(results.uncertainty, engine.point), out, "uncertainty", data, n)
+report.tell(report.flag_table(results.uncertainty, engine.point, recipe.seed), "flag", data, n)
+
+# %% [markdown]
+# ## Best, median and worst case
+
+# %%
+chosen = evaluation.best_median_worst(results.gallery)
+report.show(figures.predictions_figure(chosen), out, "predictions", data, n)
+
+# %% [markdown]
+# All slices of these cases: click the image, then turn pages with the arrow keys or the wheel, or drag sideways.
+
+# %%
+files = evaluation.result_files(out, chosen)
+display(HTML(viewer.viewer(viewer.case_files(files))), Markdown(report.caption("viewer", data, n)))
+
+# %% [markdown]
+# ## Every case
+
+# %%
+report.tell(report.case_table(results.own, results.uncertainty), "cases", data, n)
+
+# %% [markdown]
+# ## How it was made
+#
+# Training and search, from notebooks 03 and 04.
 
 # %%
 for name, part in (("training_curves", "train"), ("search_heatmap", "val")):
-    n = (read_table(run.split_csv).split == part).sum()
-    display(Image(run.figures / f"{name}.png", width=800), Markdown(report.caption(name, data, n)))
+    count = (story.trained_on.split == part).sum()
+    display(Image(run.figures / f"{name}.png", width=800), Markdown(report.caption(name, story.source, count)))
 
 # %% [markdown]
-# Every test case at the operating point.
+# Data and recipe.
 
 # %%
-own.drop(columns="system").round(3)
+story.card()
 
 # %% [markdown]
-# Versions, commit, seed and the hash of every file close the run.
+# ## Methods
+#
+# A paragraph for a paper, written from the recipe and the files of the run.
 
 # %%
-manifest = json.loads(run.write_manifest().read_text())
-pd.Series(manifest["versions"] | {"commit": manifest["commit"], "seed": manifest["seed"]}, name="made with").to_frame()
+Markdown(story.paragraph())
+
+# %% [markdown]
+# ## Limits
+
+# %%
+Markdown(story.limits())
+
+# %% [markdown]
+# ## Made with
+#
+# Versions, commit and seed; `manifest.json` has the hash of every file too.
+
+# %%
+manifest = json.loads(out.write_manifest().read_text())
+pd.Series(manifest["versions"] | {"commit": manifest["commit"], "seed": manifest["seed"]}, name="").to_frame()

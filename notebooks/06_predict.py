@@ -16,10 +16,10 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/06_predict.ipynb)
 #
-# # 6 · Your own scan
+# # 6 · Your own scans
 #
-# Takes one FLAIR scan and gives back its lesions: mask, probability and uncertainty on the scan's own grid,
-# the volume, a table of lesions and a page of overlays. For research; it is no medical device.
+# Takes FLAIR scans, one or a whole cohort, and gives back their lesions: mask, probability and uncertainty on each scan's
+# own grid, volumes in one table, a page to look at each scan. For research; it is no medical device.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -42,47 +42,61 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
-flair: str = ""  # the FLAIR scan, a NIfTI file
-t1: str = ""  # its T1 on the same grid, for recipes that use one; empty: without
-out_dir: str = ""  # folder for the results; empty: <run folder>/predictions/<scan>
+flair: str = ""  # FLAIR scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
+t1: str = ""  # T1 of a single FLAIR on the same grid, for recipes that use one; empty: without, or as the folder or CSV has it
+out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: <run folder>/derivatives
 
 # %% [markdown]
 # The trained network with its operating point.
 
 # %%
-from pathlib import Path
+import pandas as pd
+from IPython.display import HTML, Markdown, display
 
-import nibabel
-from IPython.display import Markdown, display
-
-from wmhlib import figures, report
+from wmhlib import derivatives, report, scanpages, viewer
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}")
 run.recipe(preset)
 engine = WMHInferenceEngine.from_run(run)
+pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 
 # %% [markdown]
-# All files keep the affine and header of the scan, so that a viewer overlays them exactly.
+# The scans. Names in BIDS form keep their subject and session; others get a subject label from the file's name.
 
 # %%
-files = engine.predict_file(flair, out_dir or run.predictions / Path(flair).name.split(".nii")[0], t1 or None)
-summary = read_table(files["summary"]).iloc[0]
-print(f"{summary.scan}: {summary.volume_ml:.2f} mL in {summary.lesions} lesions")
-print(*files.values(), sep="\n")
+scans = derivatives.find(flair, t1)
+scans[["case", "flair", "t1"]]
 
 # %% [markdown]
-# The lesions, largest first, with their centre in the scan's world coordinates (mm, RAS).
+# One after the other. A scan that cannot be used is named and the rest go on; one done before, with the same weights at the
+# same operating point, is kept as it is. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
 
 # %%
-read_table(files["lesions"]).head(20).round(2)
+out = Path(out_dir).expanduser() if out_dir else run.path / "derivatives"
+table = derivatives.predict_scans(engine, scans, out)
+print(f"every scan: {out / derivatives.INDEX}, as a table: {derivatives.TABLE} beside it")
 
 # %% [markdown]
-# Look before you believe: outlines, probability, and where the views of the scan disagree.
+# ## Volumes
+#
+# A scan is unsure where plain prediction and test-time views differ more than on most validation cases: look at it first.
 
 # %%
-scan = nibabel.load(flair)
-mask, prob, spread = (nibabel.load(files[name]).get_fdata() for name in ("mask", "probability", "spread"))
-figure = figures.overlay_figure(scan.get_fdata().reshape(mask.shape), mask, prob, spread, scan.affine)
-display(figure, Markdown(report.caption("overlay", Path(flair).name)))
+table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "status"]].round(3)
+
+# %% [markdown]
+# ## Look before you believe
+#
+# Outlines, probability, and where the network is in two minds: unsure scans before others, then those with most lesion.
+
+# %%
+for scan in derivatives.worth_a_look(table, out):
+    display(scanpages.overlay(scan), Markdown(report.caption("overlay", f"{scan['case']}, {scan['site']}")))
+
+# %% [markdown]
+# The same scans, every slice.
+
+# %%
+display(HTML(viewer.viewer(derivatives.worth_a_look(table, out))))

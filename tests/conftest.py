@@ -78,19 +78,27 @@ def disc_case():
         prob = 0.45 * (reference > 0).astype(np.float32)
         return dict(case=name, site=site, split="val", spacing=(1, 1, 3), affine=affine @ inv_ornt_aff(turn, x.shape),
                     flair=flair.astype(np.float32), flair_z=(flair / 60).astype(np.float32), inner=flair > 0,
-                    reference=reference, prob=prob, prob_tta=prob)
+                    reference=reference, prob=prob, prob_tta=prob, ventricles=None)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def scored(disc_case):
-    """Scores and gallery of five cases, the last one without lesions."""
-    from wmhlib import report
+def evaluated(disc_case):
+    """The evaluation of five cases, the last one without lesions."""
+    from wmhlib.evaluation import evaluate
+    from wmhlib.settings import Operating
 
     names = ("Utrecht_0", "Utrecht_1", "Utrecht_2", "Singapore_0", "Singapore_1")
     cases = (disc_case(name, name[:-2], lesions=name != "Singapore_1") for name in names)
-    return report.score_cases(cases, dict(threshold=0.4, min_voxels=3, tta=True, zscore_threshold=2.0))
+    point = dict(threshold=0.4, min_voxels=3, min_mm3=0.0, tta=True, zscore_threshold=2.0, unsure_above=0.5, poor_below=0.8)
+    return evaluate(cases, point, Operating())
+
+
+@pytest.fixture(scope="session")
+def scored(evaluated):
+    """Scores and gallery of the five cases."""
+    return evaluated.metrics, evaluated.gallery
 
 
 @pytest.fixture(scope="session")

@@ -101,3 +101,10 @@ def test_the_bootstrap_cell_clones_where_the_library_is_not_there_yet(source, co
     assert [command[:2] for command in colab.runs] == [["git", "clone"]]
     assert sys.path[0] == "/content/wmh-lora" and scope["root"].endswith("MyDrive/wmh-lora")
     assert len(colab.mounts) == 1
+
+
+def test_a_package_older_than_the_suite_needs_is_brought_up(colab, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.7.4" if name == "kaggle" else real(name))
+    workspace.bootstrap()
+    assert [word for word in colab.runs[0] if word.startswith("kaggle")] == ["kaggle>=2.0"]

@@ -1,41 +1,53 @@
 import hashlib
-import http.server
+import io
 import json
-import sys
-import threading
+import os
+import traceback
 import types
 import zipfile
 
+import nibabel
+import numpy as np
 import pytest
+from service import Service
 
-from wmhlib import download
+from wmhlib import cohort, download, fetch
 from wmhlib.errors import CheckpointError, InputError, RecipeError
 from wmhlib.settings import preset
-from wmhlib.workspace import RunFolder
+from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
+
+CASE = {"training/Utrecht/0/pre/FLAIR.nii.gz": b"flair", "training/Utrecht/0/pre/T1.nii.gz": b"t1",
+        "training/Utrecht/0/wmh.nii.gz": b"mask", "training/Utrecht/0/orig/FLAIR.nii.gz": b"unwanted",
+        "additional_annotations/observer_o3/training/Utrecht/0/result.nii.gz": b"unwanted"}
+KEPT = ["training/Utrecht/0/pre/FLAIR.nii.gz", "training/Utrecht/0/wmh.nii.gz"]
+SECRET = "PLANTED-SECRET"
+KAGGLE_API = "/api/v1/datasets.DatasetApiService/DownloadDataset"
 
 
 @pytest.fixture
-def server():
-    """A local web server: `pages` maps a path to bytes; what it was asked for is in `asked`."""
-    state = types.SimpleNamespace(pages={}, asked=[])
+def service(monkeypatch, tmp_path):
+    """A local Dataverse and Kaggle; no credentials but those a test plants."""
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "DATAVERSE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetch, "_CHUNK", 10)
+    with Service() as service:
+        yield service
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            state.asked.append(self.path)
-            body = state.pages.get(self.path.split("?")[0])
-            self.send_response(404 if body is None else 200)
-            self.end_headers()
-            self.wfile.write(body or b"")
 
-        def log_message(self, *_):
-            pass
+@pytest.fixture
+def kaggle(service, monkeypatch):
+    """Kaggle's own client, its address that of the local service, which sends on to a signed address as Kaggle does."""
+    from kagglesdk import kaggle_env
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    state.url = f"http://127.0.0.1:{httpd.server_port}"
-    yield state
-    httpd.shutdown()
-    httpd.server_close()
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
+    monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, service.url)
+    signed = service.url.replace("127.0.0.1", "localhost") + f"/signed?X-Goog-Signature={SECRET}"
+    service.plans[KAGGLE_API] = [("to", signed)] * 20
+    service.pages["/signed"] = zipped({f"wmh_data/{name.removesuffix('.gz')}": content for name, content in CASE.items()})
+    return service
 
 
 @pytest.fixture
@@ -43,93 +55,220 @@ def run(tmp_path):
     return RunFolder(tmp_path / "runs" / "a").open(preset("smoke"))
 
 
-def dataset(server, **files):
-    """Serves a Dataverse listing of {folder/name: content}."""
-    listing = []
-    for number, (name, content) in enumerate(files.items()):
-        label, _, file = name.rpartition("/")
-        server.pages[f"/api/access/datafile/{number}"] = content
-        listing.append({"directoryLabel": label, "label": file,
-                        "dataFile": {"id": number, "md5": hashlib.md5(content).hexdigest()}})
-    server.pages["/api/datasets/:persistentId/"] = json.dumps({"data": {"latestVersion": {"files": listing}}}).encode()
-    return listing
+def zipped(members):
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as content:
+        for name, data in members.items():
+            content.writestr(name, data)
+    return stored.getvalue()
 
 
-def test_dataverse_gives_scans_and_masks_once(server, tmp_path):
-    dataset(server, **{"training/Utrecht/0/pre/FLAIR.nii.gz": b"flair", "training/Utrecht/0/wmh.nii.gz": b"mask",
-                       "training/Utrecht/0/orig/FLAIR.nii.gz": b"unwanted"})
-    download.fetch_dataverse(tmp_path, server=server.url)
-    download.fetch_dataverse(tmp_path, server=server.url)
-    assert (tmp_path / "training/Utrecht/0/pre/FLAIR.nii.gz").read_bytes() == b"flair"
-    assert not (tmp_path / "training/Utrecht/0/orig").exists()
-    assert len([path for path in server.asked if "datafile" in path]) == 2
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_with_another_checksum_is_not_kept(server, tmp_path):
-    dataset(server, **{"a/wmh.nii.gz": b"mask"})[0]
-    server.pages["/api/access/datafile/0"] = b"something else"
-    with pytest.raises(InputError, match="could not be fetched"):
-        download.fetch_dataverse(tmp_path, server=server.url)
-    assert not list(tmp_path.rglob("wmh*"))
+def data_requests(service):
+    return [path for path, _ in service.asked if "datafile" in path]
 
 
-def test_a_listing_that_reaches_outside_is_refused(server, tmp_path):
-    dataset(server, **{"../../evil/wmh.nii.gz": b"mask"})
-    with pytest.raises(InputError, match="outside"):
-        download.fetch_dataverse(tmp_path / "in", server=server.url)
+@pytest.mark.parametrize("checksum", ["MD5", "SHA-1", "SHA-256"])
+def test_dataverse_gives_flair_and_masks_once(service, tmp_path, checksum):
+    service.dataset(checksum=checksum, **CASE)
+    for _ in range(2):
+        download.fetch_dataverse(tmp_path / "data", server=service.url)
+    assert files(tmp_path / "data") == KEPT and len(data_requests(service)) == 2
+    assert (tmp_path / "data" / KEPT[0]).read_bytes() == b"flair"
 
 
-def test_a_dataset_that_is_not_there_says_what_to_do(server, tmp_path):
-    with pytest.raises(InputError, match="404.*give its folder as data_dir"):
-        download.fetch_dataverse(tmp_path, server=server.url)
+def test_t1_asked_for_later_is_all_that_is_fetched(service, tmp_path):
+    service.dataset(**CASE)
+    download.fetch_dataverse(tmp_path, server=service.url)
+    service.asked.clear()
+    download.fetch_dataverse(tmp_path, server=service.url, t1=True)
+    assert data_requests(service) == ["/api/access/datafile/1"]
+    assert (tmp_path / "training/Utrecht/0/pre/T1.nii.gz").read_bytes() == b"t1"
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "a/../../evil.txt"])
-def test_an_archive_writes_nowhere_but_its_folder(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as content:
-        content.writestr("good.txt", "good")
-        content.writestr(name, "evil")
-    with pytest.raises(InputError, match="outside"):
-        download.extract(tmp_path / "a.zip", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_dataverse_goes_on_where_it_stopped(service, tmp_path):
+    service.dataset(**{"a/1/pre/FLAIR.nii.gz": bytes(100), "a/1/wmh.nii.gz": b"mask"})
+    service.plans["/api/access/datafile/0"] = [("cut", 40), ("status", 404)]
+    with pytest.raises(InputError, match="FLAIR.nii.gz: the service answered 404 .*give the folder of your own copy as data_dir"):
+        download.fetch_dataverse(tmp_path, server=service.url)
+    download.fetch_dataverse(tmp_path, server=service.url)
+    assert service.times("/api/access/datafile/0") == [None, "bytes=40-", "bytes=40-"]
+    assert files(tmp_path) == ["a/1/pre/FLAIR.nii.gz", "a/1/wmh.nii.gz"]
 
 
-def test_a_cut_archive_is_named(tmp_path):
-    (tmp_path / "a.zip").write_bytes(b"PK\3\4 cut")
-    with pytest.raises(InputError, match="a.zip is damaged"):
-        download.extract(tmp_path / "a.zip", tmp_path)
+def test_a_file_with_another_checksum_is_not_kept(service, tmp_path):
+    service.dataset(**{"a/1/wmh.nii.gz": b"mask"})
+    service.pages["/api/access/datafile/0"] = b"something else"
+    with pytest.raises(InputError, match="wmh.nii.gz arrived damaged .its checksum is not md5:"):
+        download.fetch_dataverse(tmp_path, server=service.url)
+    assert files(tmp_path) == []
 
 
-def kaggle_package(monkeypatch, **methods):
-    module = types.ModuleType("kaggle.api.kaggle_api_extended")
-    module.KaggleApi = type("KaggleApi", (), methods)
-    for name in ("kaggle", "kaggle.api"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+@pytest.mark.parametrize("top, folder", [("Utrecht/", "training/Utrecht/0"), ("", "training/Utrecht/0")])
+def test_zip_files_of_a_dataset_are_unpacked_once(service, tmp_path, top, folder):
+    content = {f"{top}0/pre/FLAIR.nii.gz": b"flair", f"{top}0/pre/T1.nii.gz": b"t1", f"{top}0/wmh.nii.gz": b"mask"}
+    service.dataset(**{"training/Utrecht.zip": zipped(content), "additional_annotations.zip": b"unwanted"})
+    for _ in range(2):
+        download.fetch_dataverse(tmp_path, server=service.url)
+    assert files(tmp_path) == ["training/Utrecht.done", f"{folder}/pre/FLAIR.nii.gz", f"{folder}/wmh.nii.gz"]
+    assert len(data_requests(service)) == 1
+    download.fetch_dataverse(tmp_path, server=service.url, t1=True)
+    assert (tmp_path / folder / "pre/T1.nii.gz").read_bytes() == b"t1"
 
 
-def test_kaggle_is_fetched_and_unpacked_once(monkeypatch, tmp_path):
-    calls = []
+def test_a_listing_that_reaches_outside_is_refused(service, tmp_path):
+    service.dataset(**{"../../evil/wmh.nii.gz": b"mask"})
+    with pytest.raises(InputError, match="leads outside"):
+        download.fetch_dataverse(tmp_path / "in", server=service.url)
+    assert data_requests(service) == []
 
-    def deliver(self, dataset, path, quiet):
-        calls.append(dataset)
-        with zipfile.ZipFile(f"{path}/wmh-dataset.zip", "w") as content:
-            content.writestr("wmh_data/a.nii", "scan")
 
-    kaggle_package(monkeypatch, authenticate=lambda self: None, dataset_download_files=deliver)
+@pytest.mark.parametrize("listing", [b"<html>sign in to the hotel's network</html>", b'{"data": {}}', b'{"data": null}'])
+def test_an_answer_that_is_no_listing_is_explained(service, tmp_path, listing):
+    service.pages["/api/datasets/:persistentId/"] = listing
+    with pytest.raises(InputError, match="10.34894/AECRSD: the service's answer makes no sense here: check the connection"):
+        download.fetch_dataverse(tmp_path, server=service.url)
+
+
+def test_a_dataset_without_cases_is_named(service, tmp_path):
+    service.dataset(**{"readme.txt": b"text"})
+    with pytest.raises(InputError, match="brought no cases .*is it the right dataset"):
+        download.fetch_dataverse(tmp_path, server=service.url)
+
+
+@pytest.mark.parametrize("status, step", [(401, "API token of your account"), (403, "accept its terms"), (404, "as data_dir")])
+def test_dataverse_refusals_say_what_to_do(service, tmp_path, monkeypatch, capsys, status, step):
+    monkeypatch.setenv("DATAVERSE_API_TOKEN", SECRET)
+    service.dataset(**CASE)
+    service.plans["/api/access/datafile/0"] = [("status", status)]
+    with pytest.raises(InputError, match=f"answered {status} .*{step}") as caught:
+        download.fetch_dataverse(tmp_path, server=service.url)
+    assert service.asked[0][1]["x-dataverse-key"] == SECRET
+    nothing_of_it(caught.value, capsys, tmp_path)
+
+
+def test_restricted_files_ask_for_a_token_before_anything_is_fetched(service, tmp_path, monkeypatch):
+    service.dataset(restricted=True, **CASE)
+    with pytest.raises(InputError, match="2 files of doi:10.34894/AECRSD are restricted .*DATAVERSE_API_TOKEN"):
+        download.fetch_dataverse(tmp_path, server=service.url)
+    assert data_requests(service) == []
+    (tmp_path / "token").write_text(f"{SECRET}\n")
+    monkeypatch.setenv("DATAVERSE_API_TOKEN", str(tmp_path / "token"))
+    download.fetch_dataverse(tmp_path / "data", server=service.url)
+    assert service.asked[-1][1]["x-dataverse-key"] == SECRET and files(tmp_path / "data") == KEPT
+
+
+def test_a_disk_too_small_for_a_dataset_is_refused_before_anything_is_fetched(service, tmp_path, monkeypatch):
+    service.dataset(**CASE)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=8))
+    with pytest.raises(InputError, match="data needs 0 kB and its disk has 0 kB free"):
+        download.fetch_dataverse(tmp_path / "data", server=service.url)
+    assert data_requests(service) == [] and not (tmp_path / "data").exists()
+
+
+def test_kaggle_is_fetched_and_unpacked_once(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+    for _ in range(2):
+        download.fetch_kaggle(tmp_path / "data")
+    kept = [f"wmh_data/{name.removesuffix('.gz')}" for name in KEPT]
+    assert files(tmp_path / "data") == ["wmh-dataset.done", *kept]
+    assert [path for path, _ in kaggle.asked] == [KAGGLE_API, "/signed"]
+    assert kaggle.asked[0][1]["authorization"] == f"Bearer {SECRET}" and "authorization" not in kaggle.asked[1][1]
+    assert json.loads((tmp_path / "data/wmh-dataset.done").read_text()) == {"t1": False, "files": {kept[0]: 5, kept[1]: 4}}
+
+
+def test_kaggle_brings_back_what_is_missing_and_t1(kaggle, tmp_path):
     download.fetch_kaggle(tmp_path)
+    mask = tmp_path / "wmh_data/training/Utrecht/0/wmh.nii"
+    mask.unlink()
     download.fetch_kaggle(tmp_path)
-    assert calls == [download.KAGGLE_DATASET] and (tmp_path / "wmh_data/a.nii").exists()
-    assert not list(tmp_path.glob("*.zip"))
+    assert mask.read_bytes() == b"mask" and not (mask.parent / "pre/T1.nii").exists()
+    download.fetch_kaggle(tmp_path, t1=True)
+    assert (mask.parent / "pre/T1.nii").read_bytes() == b"t1"
 
 
-def test_kaggle_without_credentials_says_where_to_get_them(monkeypatch, tmp_path):
-    def authenticate(self):
-        raise SystemExit(1)
-
-    kaggle_package(monkeypatch, authenticate=authenticate)
-    with pytest.raises(InputError, match="KAGGLE_API_TOKEN"):
+def test_kaggle_goes_on_where_it_stopped(kaggle, tmp_path, monkeypatch):
+    kaggle.plans["/signed"] = [("cut", 100), ("cut", 50), ("status", 403)]
+    with pytest.raises(InputError, match="wmh-dataset.zip: the service answered 403 .*accept the terms"):
         download.fetch_kaggle(tmp_path)
+    download.fetch_kaggle(tmp_path)
+    assert kaggle.times("/signed") == [None, "bytes=100-", "bytes=150-", "bytes=150-"]
+
+
+@pytest.mark.parametrize("damage", [lambda zip: zip[:-30], lambda zip: zip.replace(zip[100:110], bytes(10))])
+def test_a_damaged_kaggle_archive_is_not_kept(kaggle, tmp_path, damage):
+    kaggle.pages["/signed"] = damage(kaggle.pages["/signed"])
+    with pytest.raises(InputError, match="wmh-dataset.zip arrived damaged .it does not load"):
+        download.fetch_kaggle(tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [{"readme.txt": b"text"}, {"site/1/pre/FLAIR.nii": b"without a mask"}])
+def test_a_kaggle_dataset_without_cases_is_named(kaggle, tmp_path, content):
+    kaggle.pages["/signed"] = zipped(content)
+    for _ in range(2):
+        with pytest.raises(InputError, match="brought no cases .*is it the right dataset"):
+            download.fetch_kaggle(tmp_path)
+
+
+@pytest.mark.parametrize("plan, told", [
+    (("status", 401), "401 .*make a token at https://www.kaggle.com/settings .*KAGGLE_API_TOKEN"),
+    (("status", 403), "403 .*datasets/farahmo/wmh-dataset in a browser.*accept the terms"),
+    (("status", 404), "404 .*give the folder of your own copy as data_dir"),
+    (("status", 429), "429 .*wait a while"), (("status", 500), "500 .*run this again later")])
+@pytest.mark.parametrize("place", ["API", "storage"])
+def test_kaggle_refusals_say_what_to_do_and_nothing_of_the_credentials(kaggle, tmp_path, monkeypatch, capsys, plan, told, place):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+    kaggle.plans[KAGGLE_API if place == "API" else "/signed"] = [plan] * fetch.TRIES
+    before = dict(os.environ)
+    with pytest.raises(InputError, match=f"wmh-dataset.zip: the service answered {told}") as caught:
+        download.fetch_kaggle(tmp_path / "data")
+    assert dict(os.environ) == before
+    nothing_of_it(caught.value, capsys, tmp_path)
+
+
+def test_a_silent_kaggle_is_given_up(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.05)
+    monkeypatch.setattr(fetch, "TRIES", 1)
+    kaggle.plans[KAGGLE_API] = [("wait", 0.2)]
+    with pytest.raises(InputError, match="no answer within 0.05 s"):
+        download.fetch_kaggle(tmp_path)
+
+
+def nothing_of_it(error, capsys, folder):
+    printed = capsys.readouterr()
+    assert SECRET not in printed.out + printed.err + "".join(traceback.format_exception(error)) + repr(error.__context__)
+    assert not any(SECRET.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_nothing_of_the_credentials_stays_after_a_download(kaggle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KAGGLE_USERNAME", "somebody")
+    monkeypatch.setenv("KAGGLE_KEY", SECRET)
+    kaggle.plans["/signed"] = [("cut", 100)]
+    download.fetch_kaggle(tmp_path / "data")
+    nothing_of_it(ValueError(), capsys, tmp_path)
+
+
+BASIC = "Basic " + "c29tZWJvZHk6S0VZ"  # somebody:KEY
+
+
+@pytest.mark.parametrize("environment, home, sent", [
+    ({"KAGGLE_API_TOKEN": "TOKEN", "KAGGLE_USERNAME": "somebody", "KAGGLE_KEY": "KEY"}, {}, "Bearer TOKEN"),
+    ({"KAGGLE_USERNAME": "somebody", "KAGGLE_KEY": "KEY"}, {"access_token": "FILED"}, BASIC),
+    ({}, {"access_token": "FILED\n", "kaggle.json": '{"username": "somebody", "key": "KEY"}'}, "Bearer FILED"),
+    ({}, {"kaggle.json": '{"username": "somebody", "key": "KEY"}'}, BASIC), ({}, {"kaggle.json": "{}"}, None),
+    ({"KAGGLE_API_TOKEN": "~/.kaggle/mine"}, {"mine": "FILED\n"}, "Bearer FILED"), ({}, {}, None)])
+def test_kaggle_credentials_come_from_the_environment_before_files(kaggle, tmp_path, monkeypatch, environment, home, sent):
+    (tmp_path / "home" / ".kaggle").mkdir(parents=True)
+    for name, text in home.items():
+        (tmp_path / "home" / ".kaggle" / name).write_text(text)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    download.fetch_kaggle(tmp_path / "data")
+    assert kaggle.asked[0][1].get("authorization") == sent
 
 
 def test_the_synthetic_cohort_is_made_once(monkeypatch, run):
@@ -141,6 +280,16 @@ def test_the_synthetic_cohort_is_made_once(monkeypatch, run):
 
 def test_your_own_folder_is_taken_as_it_is(run, tmp_path):
     assert download.get_cohort(run, folder=str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("source", ["kaggle", "dataverse"])
+@pytest.mark.parametrize("change, t1", [("", False), ("inputs.modalities=['flair','t1']", True)])
+def test_t1_is_fetched_where_the_recipe_uses_it(monkeypatch, tmp_path, source, change, t1):
+    asked = []
+    monkeypatch.setattr(download, f"fetch_{source}", lambda folder, **how: asked.append((folder, how)))
+    run = RunFolder(tmp_path / "a").open(preset("smoke", change))
+    assert download.get_cohort(run, source) == run.path / "data"
+    assert asked == [(run.path / "data", {"t1": t1})]
 
 
 @pytest.mark.parametrize("source", ["folder", "dropbox"])
@@ -163,16 +312,76 @@ def test_weights_that_do_not_fit_open_no_run_folder(tmp_path):
     assert not run.path.exists()
 
 
-def test_medsam_is_fetched_beside_the_run_folders_and_checked(monkeypatch, tmp_path):
-    asked = []
-
-    def retrieve(url, known_hash, target):
-        asked.append((url, known_hash, target))
-        return target
-
-    monkeypatch.setattr(download, "_retrieve", retrieve)
+def test_medsam_is_fetched_beside_the_run_folders_and_goes_on_where_it_stopped(service, monkeypatch, tmp_path):
+    service.pages["/weights.pth"] = bytes(100)
+    service.plans["/weights.pth"] = [("cut", 60)]
+    monkeypatch.setattr(download, "MEDSAM_URL", f"{service.url}/weights.pth")
+    monkeypatch.setattr(download.medsam, "MEDSAM_MD5", hashlib.md5(bytes(100)).hexdigest())
     monkeypatch.setattr(download.medsam, "build_encoder", lambda encoder, seed: None)
-    run = download.open_run(RunFolder(tmp_path / "d"), preset("smoke"), "zenodo")
-    target = tmp_path / "weights" / "medsam_vit_b.pth"
-    assert asked == [("doi:10.5281/zenodo.10689643/medsam_vit_b.pth", "md5:3bb6db55bd0c9ca30b61248bca72f8d6", target)]
+    run = download.open_run(RunFolder(tmp_path / "runs" / "d"), preset("smoke"), "zenodo")
+    target = tmp_path / "runs" / "weights" / "medsam_vit_b.pth"
+    assert target.read_bytes() == bytes(100) and service.times("/weights.pth") == [None, "bytes=60-"]
     assert run.recipe().encoder.checkpoint == str(target)
+
+
+def test_medsam_of_another_checksum_is_refused(service, monkeypatch, tmp_path):
+    service.pages["/weights.pth"] = b"other weights"
+    monkeypatch.setattr(download, "MEDSAM_URL", f"{service.url}/weights.pth")
+    with pytest.raises(InputError, match="medsam_vit_b.pth arrived damaged .its checksum is not md5:3bb6db55"):
+        download.fetch_medsam(tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.fixture
+def trained(tiny_nifti, tmp_path):
+    """A run with one case to train on, and a folder of other cases, one of them the same scan in an uncompressed file."""
+    rng = np.random.default_rng(0)
+
+    def case(name, data, ending=".nii.gz"):
+        mask = np.zeros(data.shape, np.uint8)
+        mask[10:12, 10:12, 5] = 1
+        tiny_nifti(f"{name}/pre/FLAIR{ending}", data=data)
+        tiny_nifti(f"{name}/wmh{ending}", data=mask)
+
+    scan, other = (nibabel.load(tiny_nifti("head.nii.gz")).get_fdata().astype(np.float32) + rng.random((24, 28, 10), np.float32) for _ in range(2))
+    case("seen/A/1", scan)
+    case("copied/B/7", scan, ".nii")
+    case("others/B/8", other)
+    run = RunFolder(tmp_path / "runs" / "a").open(preset("smoke"))
+    cases = cohort.find_cases(tmp_path / "seen")
+    write_table(cases.merge(cohort.check_cases(cases), on=["case", "site"]), run.cohort_csv)
+    write_table(read_table(run.cohort_csv)[["case", "subject", "site", "lesion_ml"]].assign(split="train"), run.split_csv)
+    return run
+
+
+def test_an_evaluation_has_a_folder_of_its_own_where_all_is_test(trained, tmp_path):
+    folder = download.open_evaluation(trained, str(tmp_path / "others"))
+    assert folder.path == trained.path / "evaluations" / "others" and folder.recipe() == trained.recipe()
+    assert folder.cases()[["case", "split", "origin"]].values.tolist() == [["B_8", "test", "real"]]
+    assert trained.evaluation("/x/site.v2/cases.csv").path.name == "site.v2_cases", "two tables of one name do not meet"
+
+
+def test_no_scan_is_evaluated_that_was_trained_on_whatever_its_file(trained, tmp_path):
+    with pytest.raises(InputError, match=r"1 cases of .*copied were used to train"):
+        download.open_evaluation(trained, str(tmp_path / "copied"))
+    assert not (trained.path / "evaluations").exists()
+
+
+def test_an_evaluation_writes_over_no_run_and_no_other_evaluation(trained, tmp_path):
+    write_atomic(trained.best, "weights")
+    before = trained.cohort_csv.read_bytes()
+    with pytest.raises(InputError, match="holds a run"):
+        download.open_evaluation(trained, str(tmp_path / "others"), str(trained.path))
+    assert trained.cohort_csv.read_bytes() == before
+    out = RunFolder(tmp_path / "out").open(preset("smoke"))
+    write_table(read_table(trained.cohort_csv), out.cohort_csv)
+    with pytest.raises(InputError, match="evaluation of other cases"):
+        download.open_evaluation(trained, str(tmp_path / "others"), str(out.path))
+
+
+def test_a_pair_in_the_environment_comes_before_a_token_among_colabs_secrets(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_USERNAME", "somebody")
+    monkeypatch.setenv("KAGGLE_KEY", "KEY")
+    monkeypatch.setattr(download, "secret", lambda name: os.environ.get(name) or {"KAGGLE_API_TOKEN": "TOKEN"}.get(name))
+    download.fetch_kaggle(tmp_path / "data")
+    assert kaggle.asked[0][1].get("authorization") == BASIC

@@ -9,8 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from wmhlib import suite
+from wmhlib import evaluation, suite
 from wmhlib.cohort import find_cases
+from wmhlib.phantom import write_cohort
 from wmhlib.workspace import RunFolder, read_table
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -56,7 +57,7 @@ def test_a_run_leaves_every_file_it_promises(smoke_run):
     run, printed = smoke_run
     for path in (run.recipe_json, run.cohort_csv, run.split_csv, run.history_csv, run.best, run.search_csv, run.operating_point,
                  run.metrics_csv, run.manifest, run.checkpoints, run.figures / "predictions.png", run.figures / "training_curves.png",
-                 run.figures / "bland_altman.png", *(run.notebooks / f"{name}.ipynb" for name in suite.NOTEBOOKS)):
+                 run.figures / "bland_altman.png", *(run.path / f"{name}.csv" for name in evaluation.TABLES), *(run.notebooks / f"{name}.ipynb" for name in suite.NOTEBOOKS)):
         assert path.exists(), path
     test_cases = set(read_table(run.split_csv).query("split == 'test'").case)
     assert {path.name.removesuffix("_wmh.nii.gz") for path in run.predictions.iterdir()} == test_cases
@@ -76,7 +77,7 @@ def test_the_terminal_shows_steps_epochs_results_and_the_reports(smoke_run):
 def test_a_report_stands_alone_and_shows_no_code(smoke_run, name):
     html = (smoke_run[0].notebooks / f"{name}.html").read_text()
     assert not re.findall(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//|@import|url\(["\']?https?:', html)
-    assert "bootstrap()" not in html and "run_dir" not in html and "colab-badge" not in html
+    assert "Content-Security-Policy" in html and "bootstrap()" not in html and "run_dir" not in html and "colab-badge" not in html
     assert 'src="data:image/png' in html and "it/s]" not in html
 
 
@@ -91,16 +92,34 @@ def test_the_same_seed_gives_the_same_metrics(smoke_run, tmp_path):
     assert again.best.read_bytes() == first.best.read_bytes()
 
 
-def test_predict_gives_a_scan_its_lesions_on_its_own_grid(smoke_run, tmp_path, capsys):
-    run = smoke_run[0]
+def test_predict_gives_scans_their_lesions_and_goes_on_after_a_bad_one(smoke_run, tmp_path, capsys):
+    run, out = smoke_run[0], tmp_path / "out"
     flair = find_cases(run.path / "data").flair[0]
-    assert suite.main(["predict", "--run", str(run.path), "--flair", flair, "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"FLAIR_{ending}" for ending in (
-        "wmh.nii.gz", "prob.nii.gz", "spread.nii.gz", "lesions.csv", "summary.csv", "report.html")}
-    scan, mask = nibabel.load(flair), nibabel.load(tmp_path / "out" / "FLAIR_wmh.nii.gz")
+    arguments = ["predict", "--run", str(run.path), "--out", str(out), "--flair"]
+    assert suite.main([*arguments, flair]) == 0
+    assert " mL in " in capsys.readouterr().out
+    mask_file, = out.rglob("*_space-FLAIR_label-WMH_mask.nii.gz")
+    scan, mask = nibabel.load(flair), nibabel.load(mask_file)
     assert mask.shape == scan.shape and np.array_equal(mask.affine, scan.affine)
-    printed = capsys.readouterr().out
-    assert " mL in " in printed and "FLAIR_report.html" in printed
+    assert {"dataset_description.json", "index.html", "report.html", "wmh_volumes.csv"} <= {path.name for path in out.iterdir()}
+    (tmp_path / "bad.nii.gz").write_bytes(b"not a scan")
+    assert suite.main([*arguments, f"{tmp_path / 'bad.nii.gz'} {flair}"]) == 1
+    printed = capsys.readouterr()
+    assert "bad failed" in printed.out and "done before" in printed.out and "1 of 2 scans failed" in printed.err
+
+
+def test_other_labelled_cases_are_evaluated_without_training(smoke_run, tmp_path, capsys):
+    run, data, out = smoke_run[0], tmp_path / "other", tmp_path / "out"
+    write_cohort(data, 3, seed=7, scale=4.0, progress=False)
+    arguments = ["evaluate", "--run", str(run.path), "--out", str(out)]
+    assert suite.main([*arguments, "--data", str(data)]) == 0
+    metrics = read_table(out / "metrics.csv")
+    assert metrics.case.nunique() == 3 and metrics.system.nunique() == 4 and "05_report.html" in capsys.readouterr().out
+    page = (out / "notebooks" / "05_report.html").read_text()
+    assert "No scan of the evaluated data was used for training" in page and "External validation" in page
+    arguments[-1] += "-again"
+    assert suite.main([*arguments, "--data", str(run.path / "data")]) == 1
+    assert "were used to train" in capsys.readouterr().err
 
 
 def test_a_notebook_that_stops_says_why_and_leaves_nothing(tmp_path, capsys):
@@ -113,8 +132,8 @@ def test_a_notebook_that_stops_says_why_and_leaves_nothing(tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["recipe.json"]
 
 
-def test_predicting_a_file_that_is_no_scan_leaves_nothing(smoke_run, tmp_path, capsys):
+def test_a_batch_without_a_scan_is_an_error_that_names_the_file(smoke_run, tmp_path, capsys):
     (tmp_path / "scan.nii.gz").write_bytes(b"not a scan")
     arguments = ["predict", "--run", str(smoke_run[0].path), "--flair", str(tmp_path / "scan.nii.gz"), "--out", str(tmp_path / "out")]
     assert suite.main(arguments) == 1
-    assert "scan.nii.gz" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "scan.nii.gz" in capsys.readouterr().err and not list(tmp_path.rglob("*_mask*"))

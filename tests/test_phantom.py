@@ -40,7 +40,8 @@ def test_challenge_layout_and_what_was_made_is_what_is_read(tmp_path):
     assert row["flair"].endswith("training/Amsterdam/GE3T/0/pre/FLAIR.nii.gz")
     assert row["mask"].endswith("training/Amsterdam/GE3T/0/wmh.nii.gz")
     case = phantom.make_case("GE3T", phantom.stable_seed(1, "GE3T", 0), 4)
-    for path, made in ((row["flair"], case.flair), (row["t1"], case.t1), (row["mask"], case.mask)):
+    for path, made in ((row["flair"], case.flair), (row["t1"], case.t1), (row["mask"], case.mask),
+                       (row["ventricles"], case.ventricles)):
         image = nib.load(path)
         np.testing.assert_allclose(image.affine, case.affine, atol=1e-4)
         np.testing.assert_allclose(image.get_fdata(), made, atol=made.max() / 2e4)
@@ -51,7 +52,7 @@ def test_grid_is_the_sites_own_and_scale_coarsens_it_in_plane(name):
     site = phantom.SITES[name]
     case = phantom.make_case(name, 0, 2)
     assert case.flair.shape == (site.shape[0] // 2, site.shape[1] // 2, site.shape[2])
-    assert case.t1.shape == case.mask.shape == case.flair.shape
+    assert case.t1.shape == case.mask.shape == case.ventricles.shape == case.flair.shape
     voxel = nib.affines.voxel_sizes(case.affine)
     np.testing.assert_allclose(voxel, (2 * site.spacing[0], 2 * site.spacing[1], site.spacing[2]), rtol=1e-6)
     codes = nib.aff2axcodes(case.affine)
@@ -79,6 +80,7 @@ def test_lesions_are_bright_white_matter_outside_the_ventricles(scans):
         ventricles, white = (region(scan, v) for v in (patient.to_ventricles < -1.5, patient.template_white > 0.95))
         assert ventricles.any() and not case.mask[ventricles].any()
         assert not case.mask[region(scan, patient.to_brain > 3)].any()
+        assert case.ventricles[ventricles].mean() > 0.9 and not case.mask[case.ventricles == 1].any()
         assert np.median(case.flair[case.mask == 1]) > 1.15 * np.median(case.flair[white & (case.mask == 0)])
 
 

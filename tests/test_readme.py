@@ -1,4 +1,5 @@
 import re
+import subprocess
 from pathlib import Path
 
 from wmhlib.network import budget_table
@@ -20,3 +21,13 @@ def test_the_parameter_budget_is_the_networks_own():
 def test_every_make_target_of_the_readme_exists():
     targets = set(re.findall(r"make (\w+)", README))
     assert targets <= set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.M))
+
+
+def test_values_reach_a_command_as_they_were_typed(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "<$word>"; done\n')
+    python.chmod(0o755)
+    flair, out = '"/a b/x.nii.gz" c.nii.gz', "it's `here` $(and) there"
+    told = subprocess.run(["make", "-s", "-o", ".venv/installed", f"BIN={tmp_path}", "predict", f"FLAIR={flair}", f"OUT={out.replace('$', '$$')}"],
+                          cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert f"--flair>\n<{flair}>" in told and f"--out>\n<{out}>" in told and "<runs/demo>" in told

@@ -1,60 +1,81 @@
-"""Scores and tables by hand; masks as they are kept; captions."""
+"""Tables ready to read, by hand; captions."""
 
 import numpy as np
-import pytest
+import pandas as pd
 
-from wmhlib import report
-from wmhlib.errors import InputError
-from wmhlib.volumes import load_mask, load_volume
-
-
-def test_three_systems_are_scored_on_each_case(scored):
-    metrics, gallery = scored
-    first = metrics[metrics.case == "Utrecht_0"].set_index("system")
-    assert list(first.index) == list(report.SYSTEMS) and len(metrics) == 15 and len(gallery) == 5
-    assert first.dsc.tolist() == [1, 0, 1]
-    assert first.reference_ml.tolist() == pytest.approx([0.027] * 3)
-    assert first.result_ml.tolist() == pytest.approx([0.027, 0, 0.027]), "other pathology is in neither volume"
+from wmhlib import figures, report
+from wmhlib.workspace import RunFolder
 
 
 def test_results_table_states_intervals_and_what_was_left_out(scored):
     table = report.results_table(scored[0])
-    assert table.loc["operating point", "dsc"] == "1.00 [1.00, 1.00]" and table.loc["operating point", "n"] == 5
-    assert table.loc["operating point", "left out"] == "dsc 1, hd95 1, avd 1"
-    assert report.results_table(scored[0].iloc[:3]).loc["operating point", "dsc"] == "1.00"
+    assert table.loc["operating point", ["Dice", "lesion recall"]].tolist() == ["1.00", "1.00 [1.00, 1.00]"] and table.loc["operating point", "n"] == 5
+    assert table.loc["operating point", "left out"] == "Dice 1, HD95 (mm) 1, AVD (%) 1"
+    assert report.results_table(scored[0].iloc[:4]).loc["operating point", "Dice"] == "1.00"
     lines = report.results_text(scored[0]).splitlines()
-    assert len(lines) == 5 and all(line.startswith(s) for line, s in zip(lines[2:], report.SYSTEMS))
+    assert len(lines) == 6 and all(line.startswith(s) for line, s in zip(lines[2:], report.SYSTEMS))
 
 
-def test_every_mask_is_kept_on_the_grid_of_its_scan_as_the_case_passes(disc_case, tiny_nifti, tmp_path):
-    point = dict(threshold=0.4, min_voxels=3, tta=True, zscore_threshold=2.0)
-    item = disc_case(codes="PIR")
-    item["volume"] = load_volume(tiny_nifti("FLAIR.nii.gz", item["flair"].shape, axes="PIR"))
-    passed = report.save_masks([item], point, tmp_path / "masks")
-    assert not (tmp_path / "masks").exists() and next(passed) is item
-    kept = load_mask(tmp_path / "masks" / "Utrecht_1_wmh.nii.gz", like=item["volume"])
-    np.testing.assert_array_equal(kept, item["prob"] > 0)
+def test_groups_are_those_of_the_operating_point(scored):
+    own = scored[0][scored[0].system == "operating point"]
+    assert report.group_table(own, "site").n.to_dict() == {"Utrecht": 3, "Singapore": 2}
+    assert report.group_table(own, "burden").n.sum() == 5
 
 
-def test_the_gallery_ranks_the_cases_that_have_a_dice(scored):
-    gallery = [row | dict(dsc=d) for row, d in zip(scored[1], (0.5, 0.9, np.nan, 0.7, 0.6))]
-    rows = report.best_median_worst(gallery)
-    assert [(row["rank"], row["dsc"]) for row in rows] == [("best", 0.9), ("median", 0.6), ("worst", 0.5)]
-    assert len(report.best_median_worst(gallery[:1])) == 1 and report.best_median_worst(gallery[2:3]) == []
+def test_an_interval_is_written_only_where_there_is_one():
+    assert report.interval(0.5, 0.25, 0.75, 2) == "0.50 [0.25, 0.75]"
+    assert report.interval(0.5, np.nan, np.nan, 1) == "0.5" and report.interval(np.nan, np.nan, np.nan, 1) == "-"
+    assert report.interval(-0.001, -1, 1, 1, "+") == "+0.0 [-1.0, +1.0]", "nothing has no minus"
 
 
-def test_captions_name_the_data_and_what_good_looks_like():
-    text = report.caption("predictions", data="synthetic cases", n=9)
-    assert "9 synthetic cases" in text and "Good:" in text
+def test_pairs_are_tested_where_there_are_enough():
+    rng = np.random.default_rng(0)
+    dice = {"operating point": np.full(12, 0.8), "network at 0.5": 0.7 + 0.01 * rng.random(12), "FLAIR z-score": np.full(12, 0.8)}
+    metrics = pd.DataFrame([dict(case=i, system=s, dsc=d) for s, values in dice.items() for i, d in enumerate(values)])
+    table = report.paired_table(metrics)
+    assert table.loc["network at 0.5", "p"] == "< 0.001" and table.loc["network at 0.5", "Dice gained"].startswith("+0.09")
+    assert table.loc["FLAIR z-score", ["Dice gained", "p", "p (Holm)"]].tolist() == ["+0.000 [+0.000, +0.000]", "-", "-"]
 
 
-def test_a_mask_file_is_scored_against_its_reference_on_the_grid_of_its_scan(tiny_nifti):
-    reference = np.zeros((24, 28, 10), np.uint8)
-    reference[10:14, 10:14, 4:6], reference[3, 3, 3] = 1, 2
-    paths = tiny_nifti("FLAIR.nii.gz"), tiny_nifti("wmh.nii.gz", data=reference)
-    found = report.score_files(*paths, tiny_nifti("same.nii.gz", data=(reference > 0).astype(np.uint8)))
-    assert (found["dsc"], found["hd95"], found["reference_ml"]) == (1, 0, pytest.approx(0.096))
-    half = reference * (np.arange(10) < 5)
-    assert report.score_files(*paths, tiny_nifti("half.nii.gz", data=half.astype(np.uint8)))["dsc"] == pytest.approx(2 / 3)
-    with pytest.raises(InputError, match="other.nii.gz has shape"):
-        report.score_files(*paths, tiny_nifti("other.nii.gz", shape=(5, 5, 5)))
+def test_volumes_have_both_r2_and_both_icc(scored):
+    own = scored[0].query("system == 'operating point'")
+    table = report.volume_table(own)
+    assert {"R2 about identity", "R2 of the fit", "ICC(2,1)", "ICC(3,1)"} <= set(table.index)
+    assert table.loc["n"].tolist() == [5, 4, 4] and table.loc["bias", "mL"] == "0.00 [0.00, 0.00]"
+
+
+def test_every_case_shows_its_flag(evaluated):
+    own = evaluated.metrics.query("system == 'operating point'")
+    table = report.case_table(own, evaluated.uncertainty.assign(unsure=[True] + [False] * 4))
+    assert table.unsure.tolist() == ["unsure", "", "", "", ""] and len(table) == 5 and "Dice" in table
+
+
+def test_the_flag_is_judged_by_the_limit_of_the_point(evaluated):
+    flags = evaluated.uncertainty.assign(unsure=[True, False, False, False, False], dsc=[0.1, 0.9, 0.9, 0.9, np.nan])
+    table = report.flag_table(flags, dict(poor_below=0.5))
+    assert table.loc["sensitivity"].tolist()[1] == "1 of 1" and table.loc["specificity", "value"].startswith("1.00 [")
+
+
+def test_a_figure_is_kept_and_shown_with_its_caption(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+    figure = figures.training_curves(pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "lr": [0.1, 0.1]}))
+    report.show(figure, RunFolder(tmp_path), "training_curves", "synthetic cases", 3)
+    assert (tmp_path / "figures" / "training_curves.png").stat().st_size > 1000
+    report.tell(pd.DataFrame(), "results", "real scans", 4)
+    assert shown[0] is figure and "3 synthetic cases" in shown[1].data and "4 real scans" in shown[3].data
+
+
+def test_captions_of_figures_name_the_data_and_what_good_looks_like():
+    tables = {"groups", "sizes", "zones", "cases"}
+    captions = {name: report.caption(name, "synthetic cases", 9) for name in report._CAPTIONS}
+    assert all("Good:" in text or name in tables for name, text in captions.items())
+    assert all("9 synthetic cases" in " ".join(text.split()) or name in ("zones", "overlay") for name, text in captions.items())
+
+
+def test_zones_have_dice_recall_and_volumes(evaluated):
+    zones = pd.DataFrame([dict(case="a", zone=z, dsc=d, reference_ml=2.0, result_ml=1.0) for z, d in (("periventricular", 0.8), ("deep", 0.5))])
+    lesions = pd.DataFrame([dict(case="a", kind="reference", zone="deep", hit=hit) for hit in (True, False)])
+    table = report.zone_table(zones, lesions)
+    assert table.loc["deep", ["n", "Dice", "reference lesions", "found", "result (mL)"]].tolist() == [1, "0.50", 2, 1, "1.00"]
+    assert report.zone_table(evaluated.zones, evaluated.lesions).empty

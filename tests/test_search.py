@@ -8,11 +8,11 @@ import pytest
 from scipy import ndimage
 
 from wmhlib import InputError
-from wmhlib.metrics import challenge_scores
-from wmhlib.search import PER_CASE, choose, plateau, search, tune_zscore
+from wmhlib.metrics import challenge_scores, smallest
+from wmhlib.search import PER_CASE, ZSCORES, choose, compare, plateau, search
 from wmhlib.settings import Operating
 
-OPERATING = Operating(thresholds=(0.2, 0.5, 0.8), sizes=(1, 3, 8))
+OPERATING = Operating(thresholds=(0.2, 0.5, 0.8), sizes=(1, 3, 8), sizes_mm3=(5.0, 7.0, 20.0))
 
 
 def case(seed, split="val", empty=False):
@@ -28,59 +28,59 @@ def case(seed, split="val", empty=False):
                 inner=np.ones(reference.shape, bool))
 
 
-def naive_dice(item, threshold, min_voxels, tta):
+def naive_dice(item, threshold, size, unit, tta):
     labels, _ = ndimage.label(item["prob_tta" if tta else "prob"] >= threshold, np.ones((3, 3, 3)))
-    sizes = np.bincount(labels.ravel())
-    result = (labels > 0) & (sizes[labels] >= min_voxels)
+    sizes = np.bincount(labels.ravel()) * (np.prod(item["spacing"]) if unit == "mm3" else 1)
+    result = (labels > 0) & (sizes[labels] >= size)
     return challenge_scores(item["reference"], result, item["spacing"])["dsc"]
 
 
 def test_grid_equals_the_naive_loop():
-    cases = [case(0), case(1), case(2, empty=True)]
-    table = search(iter(cases), OPERATING)
-    assert len(table) == 18
-    for row in table.itertuples():
-        expected = [naive_dice(c, row.threshold, row.min_voxels, row.tta) for c in cases]
-        found = table.loc[row.Index, [PER_CASE + c["case"] for c in cases]].astype(float)
+    cases = [case(0), case(1) | dict(spacing=(0.9, 0.9, 1.1)), case(2, empty=True)]
+    table, _ = search(iter(cases), OPERATING)
+    assert len(table) == 4 * 6 * 2  # the recipe's threshold of 0.6 joins the three
+    for row in table.to_dict("index").items():
+        expected = [naive_dice(c, *(row[1][k] for k in ("threshold", "size", "unit", "tta"))) for c in cases]
+        expected[2] = np.nan  # no lesion
+        found = table.loc[row[0], [PER_CASE + c["case"] for c in cases]].astype(float)
         np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0)
-        assert row.dsc == pytest.approx(np.nanmean(expected), abs=1e-12)
+        assert row[1]["dsc"] == pytest.approx(np.nanmean(expected), abs=1e-12)
 
 
-def test_cases_without_lesion_and_result_are_left_out_and_counted():
+def test_cases_without_lesion_are_left_out_of_every_point_and_counted():
     empty = case(0, empty=True)
-    empty["prob"] = empty["prob_tta"] = np.zeros_like(empty["prob"])
-    table = search([empty, case(1)], OPERATING)
+    table, _ = search([empty, case(1)], OPERATING)
     assert (table.nans == 1).all() and (table.n == 1).all()
     with pytest.raises(InputError, match="no point of the search table has a Dice"):
-        choose(search([empty], OPERATING))
+        choose(*search([empty], OPERATING))
 
 
-@pytest.mark.parametrize("run", [lambda cases: search(cases, OPERATING), tune_zscore])
-def test_only_different_validation_cases_are_searched(run):
+def test_only_different_validation_cases_are_searched():
     with pytest.raises(InputError, match="c1 is of the split 'test'"):
-        run([case(0), case(1, split="test")])
+        search([case(0), case(1, split="test")], OPERATING)
     with pytest.raises(InputError, match="c0 came twice"):
-        run([case(0), case(0)])
+        search([case(0), case(0)], OPERATING)
     with pytest.raises(InputError, match="no validation case"):
-        run([])
+        search([], OPERATING)
 
 
 def table_of(dice, spread=0.02):
-    """A search table of one TTA setting whose nine cases scatter by `spread` about the means in `dice` (thresholds x
-    sizes)."""
-    rows = [dict(threshold=(i + 1) / 10, min_voxels=j + 1, tta=True, dsc=d, se=0.01, n=9, nans=0)
+    """The two tables of a search with one TTA setting whose nine cases scatter by `spread` about the means in `dice`
+    (thresholds x sizes)."""
+    rows = [dict(threshold=(i + 1) / 10, size=j + 1.0, unit="voxels", tta=True, dsc=d, se=0.01, n=9, nans=0)
             for i, line in enumerate(dice) for j, d in enumerate(line)]
     table = pd.DataFrame(rows)
     noise = spread * np.random.default_rng(0).normal(size=(len(table), 9))
     cases = table.dsc.to_numpy()[:, None] + noise - noise.mean(axis=1, keepdims=True)
-    return pd.concat([table, pd.DataFrame(cases).add_prefix(PER_CASE)], axis=1)
+    validation = pd.DataFrame({"case": [str(i) for i in range(9)], "uncertainty": np.arange(9) / 10, "z 2": 0.1, "z 3": 0.2})
+    return pd.concat([table, pd.DataFrame(cases).add_prefix(PER_CASE)], axis=1), validation
 
 
 def test_the_centre_of_a_plateau_is_chosen_not_a_spike():
     dice = np.full((9, 5), 0.5)
     dice[0, 4] = 0.805  # a spike, within the error of the plateau
     dice[3:8, 0:3] = 0.80
-    chosen = choose(table_of(dice))
+    chosen = choose(*table_of(dice))
     assert (chosen["threshold"], chosen["min_voxels"]) == (0.6, 2)
     assert chosen["best_dsc"] == 0.805 and chosen["plateau_points"] == 15
     assert json.loads(json.dumps(chosen)) == chosen
@@ -89,30 +89,56 @@ def test_the_centre_of_a_plateau_is_chosen_not_a_spike():
 def test_a_clear_best_is_chosen():
     dice = np.full((5, 3), 0.5)
     dice[1, 2] = 0.9
-    chosen = choose(table_of(dice))
-    assert (chosen["threshold"], chosen["min_voxels"]) == (0.2, 3) and plateau(table_of(dice)).sum() == 1
+    chosen = choose(*table_of(dice))
+    assert (chosen["threshold"], chosen["min_voxels"]) == (0.2, 3) and plateau(table_of(dice)[0]).sum() == 1
 
 
-def test_a_plateau_lies_on_one_side_of_tta():
-    with_tta = table_of(np.full((4, 3), 0.8))
-    both = pd.concat([with_tta.assign(tta=False), with_tta], ignore_index=True)
-    assert plateau(both).sum() == 12 and both[plateau(both)].tta.nunique() == 1
+def test_a_point_that_ruins_one_case_is_not_near_the_best():
+    table, validation = table_of(np.full((9, 3), 0.8), spread=0.0)
+    table.loc[3:, [PER_CASE + "0"]] = 0.0
+    table["dsc"] = table.filter(like=PER_CASE).mean(axis=1)
+    chosen = choose(table.assign(se=0.01), validation)
+    assert chosen["dsc"] == pytest.approx(0.8) and chosen["plateau_points"] == 3
+
+
+def test_a_plateau_lies_on_one_side_of_tta_and_in_one_unit():
+    with_tta, _ = table_of(np.full((4, 3), 0.8))
+    for other in (dict(tta=False), dict(unit="mm3")):
+        both = pd.concat([with_tta.assign(**other), with_tta], ignore_index=True)
+        assert plateau(both).sum() == 12 and both[plateau(both)][list(other)[0]].nunique() == 1
+
+
+def test_a_size_in_mm3_becomes_a_point_that_says_so():
+    table, validation = table_of(np.full((3, 3), 0.8))
+    chosen = choose(table.assign(unit="mm3"), validation)
+    assert (chosen["threshold"], chosen["min_voxels"], chosen["min_mm3"]) == (0.2, 1, 2.0)
+    assert smallest(chosen, (0.5, 1, 1)) == 4
+
+
+def test_the_choice_is_set_beside_the_recipes_point():
+    table, validation = search([case(0), case(1), case(2)], OPERATING)
+    both = compare(table, choose(table, validation), OPERATING, seed=0).set_index("point")
+    recipe = table.query("threshold == 0.6 and size == 3 and unit == 'voxels' and tta").iloc[0]
+    assert both.dsc["recipe"] == pytest.approx(recipe.dsc)
+    assert both.difference["recipe"] == pytest.approx(recipe.dsc - both.dsc["chosen"])
+    in_mm3 = compare(table, dict(threshold=0.5, min_voxels=1, min_mm3=7.0, tta=True), OPERATING, seed=0)
+    assert in_mm3.dsc[0] == pytest.approx(table.query("threshold == 0.5 and size == 7 and unit == 'mm3' and tta").dsc.iloc[0])
 
 
 def test_the_choice_survives_the_table_file(tmp_path):
-    table = search([case(0), case(1), case(2)], OPERATING)
+    table, validation = search([case(0), case(1), case(2)], OPERATING)
     table.to_csv(tmp_path / "search.csv", index=False, float_format="%.6g")
-    assert choose(pd.read_csv(tmp_path / "search.csv")) == pytest.approx(choose(table), abs=1e-6)
+    assert choose(pd.read_csv(tmp_path / "search.csv"), validation) == pytest.approx(choose(table, validation), abs=1e-6)
 
 
 def test_zscore_threshold_equals_the_naive_loop():
     cases = [case(0), case(1)]
     cases[1]["inner"][:, :4] = False
-    levels = np.arange(0.5, 3, 0.25)
 
     def mean_dice(t):
-        results = [(c["flair_z"] > t) & c["inner"] for c in cases]
+        results = [(c["flair_z"] > np.float32(t)) & c["inner"] for c in cases]
         return np.mean([challenge_scores(c["reference"], r, c["spacing"])["dsc"] for c, r in zip(cases, results)])
 
-    naive = [mean_dice(t) for t in levels]
-    assert tune_zscore(iter(cases), levels) == levels[np.argmax(naive)]
+    tables = search(iter(cases), OPERATING)
+    assert choose(*tables)["zscore_threshold"] == ZSCORES[np.argmax([mean_dice(t) for t in ZSCORES])]
+    assert tables[1]["z 1"].mean() == pytest.approx(mean_dice(1))

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from wmhlib import training
-from wmhlib.cohort import check_cases, split_cases
+from wmhlib.cohort import check_cases
 from wmhlib.errors import CheckpointError, MissingStepError, WMHError
 from wmhlib.phantom import write_cohort
 from wmhlib.settings import Training, preset
+from wmhlib.splits import split_cases
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
@@ -22,7 +23,7 @@ OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 t
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
-    return cases, split_cases(check_cases(cases), preset("smoke"))
+    return cases, split_cases(cases.merge(check_cases(cases)), preset("smoke"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.settings import preset
-from wmhlib.workspace import RunFolder, atomic, read_table, secret, stable_seed, write_atomic, write_table
+from wmhlib.workspace import RunFolder, atomic, natural, read_table, secret, stable_seed, write_atomic, write_table
 
 
 @pytest.fixture
@@ -89,3 +89,7 @@ def test_a_secret_comes_from_the_environment_or_is_absent(monkeypatch):
     monkeypatch.setenv("WMH_TEST_SECRET", "value")
     assert secret("WMH_TEST_SECRET") == "value"
     assert secret("WMH_TEST_SECRET_ABSENT") is None
+
+
+def test_numbers_in_names_sort_by_value():
+    assert sorted(["Utrecht_10", "GE3T_3", "Utrecht_9"], key=natural) == ["GE3T_3", "Utrecht_9", "Utrecht_10"]

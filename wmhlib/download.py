@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.parse
-import urllib.request
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from . import medsam, phantom
-from .cohort import SYNTHETIC_NOTE
+from . import archives, fetch, medsam, phantom
+from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .errors import InputError, RecipeError
 from .settings import Recipe
-from .workspace import RunFolder, secret, write_atomic
+from .workspace import RunFolder, read_table, secret, write_atomic, write_table
 
-MEDSAM_URL = "doi:10.5281/zenodo.10689643/medsam_vit_b.pth"
+MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
 KAGGLE_DATASET = "farahmo/wmh-dataset"
 DATAVERSE = "https://dataverse.nl"
 DATAVERSE_DOI = "doi:10.34894/AECRSD"
 SOURCES = ("synthetic", "folder", "kaggle", "dataverse")
-_WANTED = ("pre/FLAIR.nii.gz", "pre/T1.nii.gz", "wmh.nii.gz")
 
 
 def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
@@ -37,11 +36,34 @@ def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
     return run.open(recipe)
 
 
+def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
+    """A folder to evaluate `run` in on the labelled cases of `data` (`cohort.find_cases`), all of them test cases: `out`, or the
+    run's evaluations/<name of data>. Raises InputError for a scan that the run was trained or chosen on, and for a folder that
+    holds a run, or an evaluation of other cases."""
+    folder, recipe, cases, mine = run.evaluation(data, out), run.recipe(), find_cases(data), run.cases()
+    if folder.best.exists() or folder.checkpoints.exists():
+        raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
+    if folder.cohort_csv.exists() and not set(read_table(folder.cohort_csv).flair) & set(cases.flair):
+        raise InputError(f"{folder.path} holds the evaluation of other cases: choose another folder, or delete it")
+    if "digest" not in mine:
+        raise InputError(f"{run.cohort_csv} does not say which scans were seen (column digest): run notebook 01 again")
+    cases = cases.merge(check_cases(cases, recipe.inputs), on=["case", "site"])
+    seen = cases.case[cases.digest.isin(mine.digest[mine.split != "test"])]
+    if len(seen):
+        raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({', '.join(seen[:5])} ...): "
+                         "evaluate on others")
+    folder.open(recipe)
+    write_table(cases, folder.cohort_csv)
+    write_table(cases[["case", "subject", "site", "lesion_ml"]].assign(split="test"), folder.split_csv)
+    return folder
+
+
 def get_cohort(run: RunFolder, source: str = "", folder: str = "") -> Path:
     """The folder of the run's cohort, made or fetched where it is not there yet (into `folder`, or the run's `data`).
 
     `source`: "synthetic", "folder" (yours, nothing is fetched), "kaggle" or "dataverse"; "" is "folder" where one is given,
-    else "synthetic" where the recipe has synthetic cases. Raises RecipeError for another source or none that fits.
+    else "synthetic" where the recipe has synthetic cases. A download brings FLAIR and masks, and T1 where the recipe's
+    modalities name it. Raises RecipeError for another source or none that fits.
     """
     recipe = run.recipe()
     source = source or ("folder" if folder else "synthetic" if recipe.cohort.synthetic_cases else "")
@@ -49,89 +71,148 @@ def get_cohort(run: RunFolder, source: str = "", folder: str = "") -> Path:
     if source not in SOURCES or (source == "folder" and not folder):
         raise RecipeError(f"source {source!r} with data_dir {folder!r} gives no data for preset {recipe.name!r}: "
                           "set data_dir to your folder of cases, or source to 'kaggle', 'dataverse' or 'synthetic'")
+    t1 = "t1" in recipe.inputs.modalities
     if source == "synthetic":
         _synthetic(target, recipe)
     elif source == "kaggle":
-        fetch_kaggle(target)
+        fetch_kaggle(target, t1=t1)
     elif source == "dataverse":
-        fetch_dataverse(target)
+        fetch_dataverse(target, t1=t1)
     return target
 
 
 def fetch_medsam(folder: str | Path) -> Path:
     """MedSAM's checkpoint (375 MB, CC BY 4.0) from Zenodo, checked by md5; kept in `folder` and not fetched twice."""
-    return _retrieve(MEDSAM_URL, f"md5:{medsam.MEDSAM_MD5}", Path(folder, "medsam_vit_b.pth"))
+    target = Path(folder).absolute() / "medsam_vit_b.pth"
+    step = f"download it in a browser from {MEDSAM_URL} and give its path as medsam"
+    return fetch.retrieve(fetch.Session().ask(MEDSAM_URL), target, f"md5:{medsam.MEDSAM_MD5}", dict.fromkeys((401, 403, 404), step))
 
 
-def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET) -> None:
-    """The challenge's Kaggle mirror into `folder`. Credentials: environment, Colab's secrets, or Kaggle's own file."""
-    archive = Path(folder, dataset.split("/")[1] + ".zip")
-    done = archive.with_suffix(".done")
-    if done.exists():
-        return
-    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
-        value = secret(name)
-        if value:
-            os.environ[name] = value
+def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET, t1: bool = False) -> None:
+    """FLAIR and mask (and T1) of each case of the challenge's Kaggle mirror into `folder`.
+
+    Credentials: KAGGLE_API_TOKEN (the token, or a file that holds it), else KAGGLE_USERNAME and KAGGLE_KEY, each from the
+    environment, else Colab's secrets; else Kaggle's own files (~/.kaggle/access_token, ~/.kaggle/kaggle.json). The mirror comes as
+    one zip file, kept only if every checksum in it holds, and only until it is unpacked; asking for `t1` later fetches it again.
+    Raises InputError with the next step to take.
+    """
+    archive, page = Path(folder).absolute() / f"{dataset.split('/')[1]}.zip", f"https://www.kaggle.com/datasets/{dataset}"
+    if not _is_unpacked(archive, t1):
+        print(f"fetching {page} into {folder}", flush=True)
+        fetch.retrieve(_kaggle(dataset), archive, loads=archives.zip_loads, unpacked=True, steps={
+            401: "make a token at https://www.kaggle.com/settings (API, 'Generate New Token') and set KAGGLE_API_TOKEN in the "
+                 "environment or in Colab's secrets (key icon, notebook access on), or save it as ~/.kaggle/access_token; then run "
+                 "this again",
+            403: f"open {page} in a browser, sign in as the owner of the token, accept the terms asked for there, then run this again",
+            404: f"look for {page} in a browser, or give the folder of your own copy as data_dir"})
+        _unpack(archive, archive.parent, t1)
+    _need_cases(archive.parent, page)
+
+
+def fetch_dataverse(folder: str | Path, doi: str = DATAVERSE_DOI, server: str = DATAVERSE, t1: bool = False) -> None:
+    """FLAIR and mask (and T1) of each case of a Dataverse dataset into `folder`, checked by the checksums of its listing.
+
+    Files already there are kept, zip files of cases unpacked. Where the dataset is not open: DATAVERSE_API_TOKEN (the token, or a
+    file that holds it) from the environment, else Colab's secrets. Raises InputError with the next step to take.
+    """
+    key, folder, page = secret("DATAVERSE_API_TOKEN"), Path(folder).absolute(), f"{server}/dataset.xhtml?persistentId={doi}"
+    token = (f"copy the API token of your account at {server} and set DATAVERSE_API_TOKEN in the environment or in Colab's secrets "
+             "(key icon, notebook access on), then run this again")
+    steps = {401: f"{token}; a token lasts a year",
+             403: f"open {page} in a browser, sign in, accept its terms or ask for access, {token}",
+             404: f"look for {page} in a browser, or give the folder of your own copy as data_dir"}
+    ask, query = fetch.Session(key).ask, urllib.parse.urlencode({"persistentId": doi})
+    files = fetch.persist(lambda: _listed(ask(f"{server}/api/datasets/:persistentId/?{query}")({})), f"{server}, {doi}", steps)
+    files = [file for file in files if _wanted(file["name"], t1) or _is_case_zip(file["name"])]
+    files = [file | {"path": archives.inside(folder, file["name"])} for file in files]
+    files = [file for file in files if not _is_unpacked(file["path"], t1)]
+    closed = [file["name"] for file in files if file["restricted"]]
+    if closed and not key:
+        raise InputError(f"{len(closed)} files of {doi} are restricted ({closed[0]}, ...): {steps[403]}")
+    lacking = sum(max(0, file["size"] - max(map(fetch.length, (file["path"], fetch.part(file["path"]))))) for file in files)
+    fetch.need_space(folder, lacking + sum(file["size"] for file in files if _is_case_zip(file["name"])))
+    print(f"{doi}: {len(files)} files for {folder}, {lacking / 1e9:.2f} GB of them to fetch", flush=True)
+    with fetch.byte_bar(doi, lacking) as bar:
+        for file in files:
+            fetch.retrieve(ask(f"{server}/api/access/datafile/{file['id']}"), file["path"], file["hash"], steps, bar=bar)
+            if _is_case_zip(file["name"]):
+                _unpack(file["path"], _zip_folder(file["path"]), t1)
+    _need_cases(folder, page)
+
+
+def _kaggle(dataset: str) -> fetch.Ask:
+    # The kaggle package's own HTTP layer: importing the package itself signs in, prints, and may end the process.
+    from kagglesdk import KaggleClient
+    from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+    token, user, key = (secret(f"KAGGLE_{name}") for name in ("API_TOKEN", "USERNAME", "KEY"))
+    if {"KAGGLE_USERNAME", "KAGGLE_KEY"} <= set(os.environ) and "KAGGLE_API_TOKEN" not in os.environ:
+        token = None  # the environment comes before a token among Colab's secrets
+    request = ApiDownloadDatasetRequest()
+    request.owner_slug, request.dataset_slug = dataset.split("/")
+
+    def ask(headers: dict[str, str]):
+        with KaggleClient(username=user, password=key, api_token=token) as client:
+            session = client.http_client()._session  # the only way to its headers and time limit
+            session.headers.update(headers)
+            fetch.limit_waiting(session)
+            if user and key and not token:  # or it would take a token file first
+                session.auth = (user, key)
+            return client.datasets.dataset_api_client.download_dataset(request)
+
+    return ask
+
+
+def _listed(answer) -> list[dict]:
+    """The files of a Dataverse dataset: id, name (with folders), size (bytes), hash (as pooch writes it), restricted."""
+    files = []
     try:
-        from kaggle.api.kaggle_api_extended import KaggleApi
-        api = KaggleApi()
-        api.authenticate()
-        api.dataset_download_files(dataset, path=str(folder), quiet=False)
-    except SystemExit:  # how the kaggle package says that it found no credentials
-        raise InputError("Kaggle asks who you are: make a token at https://www.kaggle.com/settings (API, 'Generate New Token') and set "
-                         "KAGGLE_API_TOKEN in the environment or in Colab's secrets (key icon, access on), then run this again") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"Kaggle did not deliver {dataset} ({error}): check the connection and your token, then run this again") from error
-    extract(archive, folder)
-    archive.unlink()
-    write_atomic(done, "")
-
-
-def fetch_dataverse(folder: str | Path, doi: str = DATAVERSE_DOI, server: str = DATAVERSE) -> None:
-    """FLAIR, T1 and mask of each case of a Dataverse dataset into `folder`, checked by md5; files already there are kept."""
-    query = urllib.parse.urlencode({"persistentId": doi})
-    try:
-        with urllib.request.urlopen(f"{server}/api/datasets/:persistentId/?{query}", timeout=60) as answer:
-            files = json.load(answer)["data"]["latestVersion"]["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{server} did not list {doi} ({error}): check the connection, or download the dataset in a browser and "
-                         "give its folder as data_dir") from error
-    for entry in files:
-        target = _inside(folder, str(Path(entry.get("directoryLabel", ""), entry["label"])))
-        if target.as_posix().endswith(_WANTED):
+        for entry in answer.json()["data"]["latestVersion"]["files"]:
             file = entry["dataFile"]
-            _retrieve(f"{server}/api/access/datafile/{file['id']}", f"md5:{file['md5']}", target)
+            checksum = file.get("checksum") or {"type": "MD5", "value": file["md5"]}
+            files.append({"id": int(file["id"]), "name": "/".join(filter(None, (entry.get("directoryLabel"), entry["label"]))),
+                          "size": int(file.get("filesize", 0)), "restricted": bool(entry.get("restricted")),
+                          "hash": f"{checksum['type'].lower().replace('-', '')}:{checksum['value']}"})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no Dataverse listing: {error}") from None
+    return files
 
 
-def extract(archive: str | Path, folder: str | Path) -> None:
-    """Unpacks a zip file; raises InputError, before anything is written, if it is damaged or reaches outside `folder`."""
+def _wanted(name: str, t1: bool) -> bool:
+    return bool(re.search(rf"(^|/)(pre/{'(FLAIR|T1)' if t1 else 'FLAIR'}|wmh)\.nii(\.gz)?$", name))
+
+
+def _is_case_zip(name: str) -> bool:
+    return name.endswith(".zip") and "additional" not in name  # "additional_annotations": second observers, no cases
+
+
+def _need_cases(folder: Path, page: str) -> None:
+    roles = {path.name.split(".")[0] for path in folder.rglob("*.nii*") if _wanted(path.as_posix(), False)}
+    if roles != {"FLAIR", "wmh"}:
+        raise InputError(f"{page} brought no cases to {folder} (pre/FLAIR.nii.gz with wmh.nii.gz): is it the right dataset?")
+
+
+def _zip_folder(archive: Path) -> Path:
+    """Where a zip file of cases belongs: beside it if it holds one folder of its name, else in such a folder."""
+    with zipfile.ZipFile(archive) as content:
+        tops = {name.split("/")[0] for name in content.namelist()}
+    return archive.parent if tops == {archive.stem} else archive.with_suffix("")
+
+
+def _unpack(archive: Path, folder: Path, t1: bool) -> None:
+    """Unpacks what is wanted, notes it beside the archive (`.done`) and removes the archive."""
+    files = archives.extract(archive, folder, lambda name: _wanted(name, t1))
+    noted = {(folder / name).relative_to(archive.parent).as_posix(): size for name, size in files.items()}
+    write_atomic(archive.with_suffix(".done"), json.dumps({"t1": t1, "files": noted}, indent=1))
+    archive.unlink()
+
+
+def _is_unpacked(archive: Path, t1: bool) -> bool:
+    note = archive.with_suffix(".done")
     try:
-        with zipfile.ZipFile(archive) as content:
-            for name in content.namelist():
-                _inside(folder, name)
-            content.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{archive} is damaged ({error}): delete it and run this again") from None
-
-
-def _inside(folder: str | Path, name: str) -> Path:
-    root = Path(folder).resolve()
-    target = (root / name).resolve()
-    if not target.is_relative_to(root):
-        raise InputError(f"the archive names {name!r}, outside {root}: it is not what it says it is, nothing was unpacked")
-    return target
-
-
-def _retrieve(url: str, known_hash: str, target: Path) -> Path:
-    import pooch
-    import requests
-    try:
-        pooch.retrieve(url, known_hash, fname=target.name, path=target.parent, progressbar=True)
-    except (requests.RequestException, OSError, ValueError) as error:
-        raise InputError(f"{url} could not be fetched to {target} ({error}): check the connection and run this again, or download "
-                         "it in a browser and give its path") from error
-    return target
+        done = json.loads(note.read_text())
+        return (done["t1"] or not t1) and all(fetch.length(archive.parent / name) == size for name, size in done["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):  # no note, or of another kind
+        return False
 
 
 def _synthetic(folder: Path, recipe: Recipe) -> None:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .batches import with_context
-from .errors import InputError
-from .metrics import filter_components, lesion_table, volume_ml
+from .cohort import load_ventricles
+from .errors import CheckpointError, InputError
+from .metrics import filter_components, smallest
 from .network import WMHNet, load_network, native_precision
-from .volumes import AIR, Case, case_canvas, from_canvas, load_case, save_like
-from .workspace import RunFolder, read_table, write_table
+from .volumes import AIR, Case, case_canvas, from_canvas, load_case
+from .workspace import RunFolder
 
 # The views of test-time augmentation as (quarter turns, mirrored): none, left-right, both flips, all of D4.
 _VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) for flip in (False, True) for turns in (0, 2)),
@@ -28,20 +28,19 @@ _VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) f
 
 @dataclass(frozen=True)
 class Prediction:
-    """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view, its mean over all
-    views (TTA) and the standard deviation between views. Without TTA the last two are the plain view and 0."""
+    """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view and its mean
+    over all views (TTA; without it the plain view again)."""
 
     case: Case
     prob: np.ndarray
     prob_tta: np.ndarray
-    spread: np.ndarray
 
 
 class WMHInferenceEngine:
     """Runs a trained network over whole scans.
 
     model: a WMHNet; device: where it runs, the GPU if there is one; img_size: side of the canvas in pixels, the recipe's
-    unless given; point: operating point (threshold, min_voxels, tta), the recipe's unless given.
+    unless given; point: operating point (threshold, min_voxels, min_mm3, tta), the recipe's unless given.
     """
 
     def __init__(self, model: WMHNet, device: str | torch.device | None = None, img_size: int | None = None,
@@ -53,28 +52,32 @@ class WMHInferenceEngine:
         if self.img_size % 16:
             raise InputError(f"img_size {self.img_size} is impossible: expected a multiple of 16 pixels")
         operating = self.recipe.operating
-        self.point = {"threshold": operating.threshold, "min_voxels": operating.min_voxels, "tta": operating.tta} | (point or {})
+        self.point = {"threshold": operating.threshold, "min_voxels": operating.min_voxels, "min_mm3": 0.0,
+                      "tta": operating.tta} | (point or {})
 
     @classmethod
     def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:
-        """The best weights of a run, with its operating point where 04_search has left one."""
+        """The best weights of a run, with its operating point where 04_search has left one. Raises CheckpointError for weights
+        that were trained on another split than the run's, whose test cases they may know."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
-        model, _ = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
+        model, split = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
+        if run.split_csv.exists() and split and split != run.split_text():
+            raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
+                                  "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
         point = json.loads(run.operating_point.read_text()) if run.operating_point.exists() else None
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
         """Probabilities of every voxel of `case`; slices without tissue are 0 and skipped."""
         images = case_canvas(case, self.img_size)
-        mean, plain, spread = (torch.zeros(images.shape[1:]) for _ in range(3))
+        plain, mean = (torch.zeros(images.shape[1:]) for _ in range(2))
         filled = torch.nonzero((images[0] > 0.5 * AIR).any(-1).any(-1)).flatten()
         views = self.recipe.operating.views if use_tta else 1
         for some in filled.split(max(1, self.recipe.operating.batch_size)):
             batch = torch.stack([with_context(images, int(z), self.recipe.inputs.context) for z in some]).to(self.device)
             probabilities = self._views(batch, views)
             plain[some], mean[some] = probabilities[0].cpu(), probabilities.mean(0).cpu()
-            spread[some] = probabilities.std(0, correction=0).cpu()
-        return Prediction(case, *(from_canvas(x, case.grid).clip(0, 1) for x in (plain, mean, spread)))
+        return Prediction(case, *(from_canvas(x, case.grid).clip(0, 1) for x in (plain, mean)))
 
     @torch.inference_mode()
     def _views(self, batch: Tensor, views: int) -> Tensor:
@@ -104,45 +107,19 @@ class WMHInferenceEngine:
     def segment(self, prediction: Prediction) -> np.ndarray:
         """The mask (bool) at the engine's operating point."""
         prob = prediction.prob_tta if self.point["tta"] else prediction.prob
-        return self.cc_filter(self.apply_threshold(prob, self.point["threshold"]), self.point["min_voxels"])
+        kept = smallest(self.point, prediction.case.volume.spacing)
+        return self.cc_filter(self.apply_threshold(prob, self.point["threshold"]), kept)
 
     def cases(self, run: RunFolder, split: str, progress: bool = True) -> Iterator[dict]:
-        """Each case of one side of the run's split, predicted: what `search` and `report` read, one at a time."""
-        rows = read_table(run.need(run.cohort_csv, "01_download")).merge(
-            read_table(run.need(run.split_csv, "02_split"))[["case", "split"]], on="case")
-        rows = rows[rows.split == split]
+        """Each case of one side of the run's split, predicted: what `search` and `evaluation` read, one at a time."""
+        rows = run.cases().query("split == @split")
         for row in tqdm(rows.itertuples(), f"predicting {split} cases", len(rows), disable=not progress, mininterval=10):
             case = load_case(row.flair, row.t1, row.mask, self.recipe.inputs)
             prediction = self.predict(case)
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
                    "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": case.images[0],
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,
-                   "spread": prediction.spread}
-
-    def predict_file(self, flair: str | Path, out: str | Path, t1: str | Path | None = None) -> dict[str, Path]:
-        """Segment one FLAIR file at the operating point and write the results into the folder `out`.
-
-        Returns the paths by name: mask (uint8), probability and spread (float32 NIfTI on the scan's own grid), lesions (a
-        row each) and summary (one row: volume in mL, lesion count, operating point).
-        """
-        stem = Path(flair).name.removesuffix(".gz").removesuffix(".nii")
-        if not stem:
-            raise InputError(f"{flair} has no file name to call the results after")
-        prediction = self.predict(load_case(flair, t1, inputs=self.recipe.inputs))
-        mask = self.segment(prediction)
-        prob = prediction.prob_tta if self.point["tta"] else prediction.prob
-        volume = prediction.case.volume
-        lesions = lesion_table(mask, prob, volume.affine)
-        summary = pd.DataFrame([{"scan": stem, "volume_ml": volume_ml(mask, volume.spacing), "lesions": len(lesions),
-                                 **{name: self.point[name] for name in ("threshold", "min_voxels", "tta")}}])
-        paths = {name: Path(out) / f"{stem}_{ending}" for name, ending in {
-            "mask": "wmh.nii.gz", "probability": "prob.nii.gz", "spread": "spread.nii.gz",
-            "lesions": "lesions.csv", "summary": "summary.csv"}.items()}
-        for name, array in {"mask": mask.astype(np.uint8), "probability": prob, "spread": prediction.spread}.items():
-            save_like(array, volume, paths[name])
-        write_table(lesions, paths["lesions"])
-        write_table(summary, paths["summary"])
-        return paths
+                   "ventricles": load_ventricles(row.ventricles, case.volume)}
 
 
 def turn(x: Tensor, turns: int, flip: bool) -> Tensor:

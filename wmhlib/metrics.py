@@ -1,4 +1,4 @@
-"""Scores of a mask against its reference: the WMH challenge's five, volumes, components, agreement and intervals.
+"""Scores of a mask against its reference: the WMH challenge's five, volumes, components and lesions.
 
 Masks are H x W x D with the slices along the last axis; spacing is (mm, mm, mm) in that order. References hold
 0 background, 1 lesion, 2 other pathology, which counts neither for nor against.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import cc3d
 import numpy as np
 import pandas as pd
-from scipy import ndimage, stats
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from .errors import InputError
@@ -84,58 +84,15 @@ def filter_components(mask: np.ndarray, min_voxels: int) -> np.ndarray:
     return keep[labels]
 
 
+def smallest(point: dict, spacing) -> int:
+    """The fewest voxels a component needs under the operating point `point`: its `min_voxels`, or as many as fill its
+    `min_mm3` (0 unless given) on a grid of `spacing` (mm), whichever is more."""
+    return max(point["min_voxels"], int(np.ceil(point.get("min_mm3", 0) / np.prod(spacing) - 1e-6)))
+
+
 def volume_ml(mask: np.ndarray, spacing) -> float:
     """Volume of label 1 (or True) in mL; `spacing` in mm."""
     return int(reference_parts(mask)[0].sum()) * float(np.prod(spacing)) / 1000
-
-
-def bootstrap_ci(values, seed: int, n: int = 2000, level: float = 0.95) -> tuple[float, float, float, int]:
-    """Mean of `values` over cases, low and high of its percentile bootstrap interval, and how many NaNs were left out.
-
-    `n` resamples of the cases. A single case has a mean and no interval (NaN); no case has neither.
-    """
-    values = np.asarray(values, float)
-    finite = values[np.isfinite(values)]
-    nans = len(values) - len(finite)
-    if len(finite) < 2:
-        return (float(finite[0]) if len(finite) else np.nan), np.nan, np.nan, nans
-    draws = np.random.default_rng(seed).integers(len(finite), size=(n, len(finite)))
-    low, high = np.quantile(finite[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(finite.mean()), float(low), float(high), nans
-
-
-def bland_altman(reference, result) -> dict:
-    """Agreement of two measurements of the same cases, result minus reference, in their unit (mL, or log mL).
-
-    Returns `n`, `bias`, `sd`, `loa_low`, `loa_high` (bias -+ 1.96 sd) and the 95 % intervals `bias_ci`, `loa_low_ci`,
-    `loa_high_ci` as (low, high), from t with n - 1 degrees of freedom (Bland & Altman 1999, section 2.1). With fewer
-    than two cases all but the bias is NaN.
-    """
-    difference = np.asarray(result, float) - np.asarray(reference, float)
-    n = len(difference)
-    bias = float(difference.mean()) if n else np.nan
-    sd = float(difference.std(ddof=1)) if n > 1 else np.nan
-    t = float(stats.t.ppf(0.975, n - 1)) if n > 1 else np.nan
-    half_bias = t * sd / np.sqrt(max(n, 1))
-    half_loa = t * sd * np.sqrt(1 / max(n, 1) + 1.96**2 / (2 * max(n - 1, 1)))
-    out = dict(n=n, bias=bias, sd=sd, loa_low=bias - 1.96 * sd, loa_high=bias + 1.96 * sd)
-    for name, half in (("bias", half_bias), ("loa_low", half_loa), ("loa_high", half_loa)):
-        out[name + "_ci"] = (float(out[name] - half), float(out[name] + half))
-    return out
-
-
-def r_squared(reference, result) -> dict[str, float]:
-    """Two figures both called R2: about identity and about the fitted line.
-
-    `identity` is 1 minus squared errors over the reference's squared deviations: the result taken as it is, negative
-    where the reference's mean would do better. `fit` is the squared correlation, which a result of half the volume
-    everywhere passes with 1. NaN where there is no variance to explain.
-    """
-    reference, result = np.asarray(reference, float), np.asarray(result, float)
-    dx, dy = reference - reference.mean(), result - result.mean()
-    xx, yy = float(dx @ dx), float(dy @ dy)
-    return dict(identity=1 - float(((result - reference) ** 2).sum()) / xx if xx else np.nan,
-                fit=float(dx @ dy) ** 2 / (xx * yy) if xx and yy else np.nan)
 
 
 def lesion_table(mask: np.ndarray, prob: np.ndarray, affine: np.ndarray) -> pd.DataFrame:

@@ -117,14 +117,16 @@ def native_precision(wanted: str, device: torch.device) -> str:
     return "no"
 
 
-def save_weights(network: WMHNet, recipe: Recipe, path: str | Path) -> None:
-    """Write the trained state as safetensors; its metadata name the recipe and the base it belongs to."""
-    origin = json.dumps({"recipe": recipe.to_json(), "base_sha256": network.base_sha256})
-    write_atomic(path, save(network.trained_state(), {"wmhlib": origin}))  # one key: safetensors shuffles several
+def save_weights(network: WMHNet, origin: dict[str, str], path: str | Path) -> None:
+    """Write the trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
+    weights and the `split` it was trained on (`RunFolder.split_text`)."""
+    # One key: safetensors shuffles several.
+    write_atomic(path, save(network.trained_state(), {"wmhlib": json.dumps(origin)}))
 
 
-def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, Recipe]:
-    """The network of a weights file with its recipe. `checkpoint` says where the base lies if it moved.
+def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
+    """The network of a weights file, which has its recipe, and the split it was trained on ("" if unknown). `checkpoint` says
+    where the base lies if it moved.
 
     Raises CheckpointError for a damaged file, keys that do not fit, or another base than the one trained on.
     """
@@ -145,7 +147,7 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, Recipe
                               f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "
                               f"{network.base_sha256[:12]}: give the checkpoint that the run used")
     network.load_trained_state(state, path)
-    return network.eval(), recipe
+    return network.eval(), origin.get("split", "")
 
 
 def _conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:

@@ -60,17 +60,19 @@ _GRAIN = [0, 0, 1, 1, 0.25, 1, 0.3, 0.8, 1, 0]
 @dataclass(frozen=True)
 class Case:
     """One synthetic case: `flair` and `t1` float32 of arbitrary positive scale, `mask` uint8 (0; 1 lesion; 2 other
-    pathology), all H x W x D, and the 4 x 4 voxel-to-world `affine` in mm."""
+    pathology), `ventricles` uint8 (1: lateral ventricles), all H x W x D, and the 4 x 4 voxel-to-world `affine` in mm."""
 
     flair: np.ndarray
     t1: np.ndarray
     mask: np.ndarray
+    ventricles: np.ndarray
     affine: np.ndarray
 
 
 def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, progress: bool = True) -> pd.DataFrame:
     """Writes `cases` synthetic cases, dealt over the sites, as the challenge lays its own out:
-    `training/<site>/<id>/pre/FLAIR.nii.gz`, `pre/T1.nii.gz` and `wmh.nii.gz`. Returns the table of `cohort.find_cases`.
+    `training/<site>/<id>/pre/FLAIR.nii.gz`, `pre/T1.nii.gz`, `wmh.nii.gz`, and `ventricles.nii.gz` beside it. Returns the
+    table of `cohort.find_cases`.
 
     The same seed gives the same files, and a case does not depend on how many others there are. `scale` coarsens the
     in-plane voxels. Raises InputError for fewer than one case.
@@ -84,10 +86,10 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
         site, index = names[number % len(names)], number // len(names)
         case = make_case(site, stable_seed(seed, site, index), scale)
         place = Path(folder) / "training" / SITES[site].path / str(index)
-        for name, data in (("pre/FLAIR", case.flair), ("pre/T1", case.t1), ("wmh", case.mask)):
+        for name, data in (("pre/FLAIR", case.flair), ("pre/T1", case.t1), ("wmh", case.mask), ("ventricles", case.ventricles)):
             image = nib.Nifti1Image(data, case.affine)
             image.header.set_xyzt_units("mm")
-            image.set_data_dtype(np.uint8 if name == "wmh" else np.int16)
+            image.set_data_dtype(np.int16 if name.startswith("pre") else np.uint8)
             write_atomic(place / f"{name}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
 
     # A case on each core is faster than one case on all; 4 cases at once hold about 5 GB.
@@ -153,9 +155,10 @@ class Scan:
 
         mask = (pool(lesion) >= 0.5).to(torch.uint8)
         mask[pool(extent) >= 0.5] = 2
+        ventricles = (pool((1 - grey - white) * (patient.to_ventricles < 1)) >= 0.5).to(torch.uint8) * (mask == 0)
         keep = self.kept()
         return Case(self.finish(self.image(pool(flair), keep)), self.finish(self.image(pool(t1), keep)),
-                    self.finish(self.whole(mask)), self.affine())
+                    self.finish(self.whole(mask)), self.finish(self.whole(ventricles)), self.affine())
 
     def kept(self) -> torch.Tensor:
         """Voxels that are left: all, or the brain alone (skull-stripped), or without the face (defaced)."""

@@ -1,119 +1,144 @@
-"""What a report says: scores of every case, tables, the rows of its gallery, captions."""
+"""What a report shows: its tables ready to read, its figures with their captions."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from .errors import WMHError
-from .metrics import SCORES, bootstrap_ci, challenge_scores, filter_components, reference_parts, volume_ml
-from .slices import head_box, height_mm, to_display
-from .volumes import load_mask, load_volume, save_like
+from . import agreement, uncertainty
+from .evaluation import SYSTEMS
+from .figures import save_figure
+from .metrics import SCORES
+from .workspace import RunFolder
 
-SYSTEMS = ("operating point", "network at 0.5", "FLAIR z-score")
 _DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
 _HEADS = dict(dsc="Dice", hd95="HD95 (mm)", avd="AVD (%)", recall="lesion recall", f1="lesion F1")
 
 
-def system_masks(case: dict, point: dict) -> dict[str, np.ndarray]:
-    """The boolean masks of the three systems on one case: the network at the operating point `point` (`threshold`,
-    `min_voxels`, `tta`), at 0.5 with one view and no filter, and `flair_z` above `point["zscore_threshold"]` within
-    `inner`."""
-    prob = case["prob_tta"] if point["tta"] else case["prob"]
-    masks = (filter_components(prob >= point["threshold"], point["min_voxels"]), case["prob"] >= 0.5,
-             (case["flair_z"] > point["zscore_threshold"]) & case["inner"])
-    return dict(zip(SYSTEMS, masks))
-
-
-def save_masks(cases: Iterable[dict], point: dict, folder: str | Path) -> Iterator[dict]:
-    """The cases, each passed on once its mask at the operating point lies in `folder` as <case>_wmh.nii.gz: uint8, with
-    the affine and header of its `volume`."""
-    for case in cases:
-        mask = system_masks(case, point)[SYSTEMS[0]].astype(np.uint8)
-        save_like(mask, case["volume"], Path(folder) / f"{case['case']}_wmh.nii.gz")
-        yield case
-
-
-def score_cases(cases: Iterable[dict], point: dict) -> tuple[pd.DataFrame, list[dict]]:
-    """Scores of the three systems on each case, and each case's `gallery_row` at the operating point.
-
-    A case is a dict with `case`, `site`, `spacing`, `affine` and, on the scan's grid, `flair`, `flair_z`, `inner`,
-    `reference` (0, 1, 2), `prob`, `prob_tta`; they are read one at a time. The table has one row per case and system:
-    `case`, `site`, `system`, the challenge's `dsc hd95 avd recall f1`, `reference_ml`, `result_ml` (other pathology in
-    neither).
-    """
-    rows, gallery = [], []
-    for case in cases:
-        ignored = reference_parts(case["reference"])[1]
-        for system, mask in system_masks(case, point).items():
-            scores = challenge_scores(case["reference"], mask, case["spacing"])
-            rows.append(dict(case=case["case"], site=case["site"], system=system, **scores,
-                             reference_ml=volume_ml(case["reference"], case["spacing"]),
-                             result_ml=volume_ml(mask & ~ignored, case["spacing"])))
-            if system == SYSTEMS[0]:
-                gallery.append(gallery_row(case, mask, scores["dsc"]))
-    return pd.DataFrame(rows), gallery
+def interval(mean: float, low: float, high: float, decimals: int, sign: str = "") -> str:
+    """ "mean [low, high]", without the interval where there is none, "-" where there is no mean."""
+    if not np.isfinite(mean):
+        return "-"
+    text = f"{mean:{sign}z.{decimals}f}"
+    return text + (f" [{low:{sign}z.{decimals}f}, {high:{sign}z.{decimals}f}]" if np.isfinite(low) else "")
 
 
 def results_table(metrics: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
     """One row a system: `n`, each score as "mean [low, high]" (95 % bootstrap over cases), NaNs `left out`."""
-    rows = {}
-    for system in [s for s in SYSTEMS if s in set(metrics.system)]:
-        cases = metrics[metrics.system == system]
-        row, left_out = {"n": len(cases)}, []
-        for score in SCORES:
-            mean, low, high, nans = bootstrap_ci(cases[score], seed)
-            d = _DECIMALS[score]
-            row[score] = f"{mean:.{d}f}" + (f" [{low:.{d}f}, {high:.{d}f}]" if np.isfinite(low) else "")
-            left_out += [f"{score} {nans}"] * (nans > 0)
-        rows[system] = row | {"left out": ", ".join(left_out) or "none"}
-    return pd.DataFrame(rows).T.rename_axis("system")
+    return _scores(metrics, "system", seed)
+
+
+def group_table(own: pd.DataFrame, column: str, seed: int = 42) -> pd.DataFrame:
+    """The same of one system's rows for each group of `column`: "site", or "burden" for thirds of the cases by volume."""
+    return _scores(own.assign(burden=agreement.tertiles(own.reference_ml)), column, seed)
 
 
 def results_text(metrics: pd.DataFrame, seed: int = 42) -> str:
     """`results_table` for a terminal."""
-    table = results_table(metrics, seed).rename(columns=_HEADS).reset_index()
+    table = results_table(metrics, seed).reset_index()
     columns = [[name, *table[name].astype(str)] for name in table]
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def score_files(flair: str | Path, reference: str | Path, result: str | Path) -> dict[str, float]:
-    """The challenge's five scores and both volumes (mL) of a mask file against its reference, both on the grid of `flair`."""
-    scan = load_volume(flair)
-    reference, result = load_mask(reference, scan), load_mask(result, scan)
-    return challenge_scores(reference, result == 1, scan.spacing) | {
-        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result, scan.spacing)}
+def paired_table(metrics: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
+    """The operating point against each other system on the same cases: Dice gained, Wilcoxon's test, Holm's correction."""
+    table = agreement.compare_systems(metrics, SYSTEMS[0], "dsc", seed)
+    return pd.DataFrame({"n": table.n, "left out": table.left_out, "Dice gained": _intervals(table, "difference", 3, "+"),
+                         "equal pairs": table.zeros, "Wilcoxon W": table.w.map(_plain),
+                         "p": table.p.map(_p), "p (Holm)": table.p_holm.map(_p)}).rename_axis("operating point against")
 
 
-def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
-    """The slice of a case with most lesion, cropped to the head: `case`, `site`, `dsc`, 2-D `flair`, `reference`,
-    `result` as shown, `spacing` (mm, rows and columns), `z_mm`. Small, so that one can be kept of every case."""
-    (flair, reference, result), spacing = to_display(case["affine"], case["flair"], case["reference"], result)
-    lesion = reference_parts(reference)[0]
-    z = _fullest(lesion if lesion.any() else result)
-    box = head_box(flair[..., z])
-    flair, reference, result = (volume[..., z][box].copy() for volume in (flair, reference, result))
-    return dict(case=case["case"], site=case["site"], dsc=float(dsc), flair=flair, reference=reference, result=result,
-                spacing=tuple(spacing[:2]), z_mm=height_mm(case["affine"], case["flair"].shape, z))
+def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
+    """`search.compare`, ready to read."""
+    return pd.DataFrame({"threshold": compared.threshold, "voxels at least": compared.min_voxels, "mm3 at least": compared.min_mm3,
+                         "TTA": compared.tta.map({True: "yes", False: "no"}), "validation Dice": _intervals(compared, "dsc", 3),
+                         "difference": _intervals(compared, "difference", 3, "+")}).set_axis(compared.point.rename("point"))
 
 
-def best_median_worst(gallery: list[dict]) -> list[dict]:
-    """Three of the gallery's rows by Dice, each with its `rank`; fewer where fewer cases have a Dice."""
-    order = sorted((row for row in gallery if np.isfinite(row["dsc"])), key=lambda row: (-row["dsc"], row["case"]))
-    places = {len(order) // 2: "median", len(order) - 1: "worst", 0: "best"}
-    return [order[i] | dict(rank=places[i]) for i in sorted(places) if order]
+def volume_table(own: pd.DataFrame) -> pd.DataFrame:
+    """Agreement of the volumes of one system's rows, in mL and as a ratio (from the log scale)."""
+    table = agreement.agreement_table(own)
+    names = dict(bias="bias", loa_low="lower limit of agreement", loa_high="upper limit of agreement", icc21="ICC(2,1)", icc31="ICC(3,1)")
+    rows = {heading: _intervals(table, name, 2) for name, heading in names.items()}
+    rows |= {"R2 about identity": table.r2_identity.map(_plain), "R2 of the fit": table.r2_fit.map(_plain)}
+    return pd.DataFrame({"n": table.n.astype(int), "left out (volume 0)": table.left_out.astype(int), **rows}).T.rename_axis(None)
 
 
-def _fullest(mask: np.ndarray) -> int:
-    """The slice with most of the mask; the middle one where it is empty."""
-    area = mask.sum((0, 1))
-    return int(area.argmax()) if area.any() else mask.shape[2] // 2
+def size_table(lesions: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
+    """Detection by lesion size: recall of the reference's lesions and precision of the result's."""
+    table = agreement.size_table(lesions, seed)
+    return pd.DataFrame({"reference lesions": table.reference, "found": table.found, "recall": _intervals(table, "recall", 2),
+                         "result lesions": table.result, "true": table.true,
+                         "precision": _intervals(table, "precision", 2)}).set_axis(table["size"].rename("lesion size"))
+
+
+def flag_table(cases: pd.DataFrame, point: dict, seed: int = 42) -> pd.DataFrame:
+    """How often the flag of unsure cases (the evaluation's `uncertainty`) was right about a poor Dice."""
+    table = uncertainty.flag_table(cases, point["poor_below"], seed)
+    of = [f"{count} of {n}" if measure != "Spearman rho" else f"{n} cases" for measure, (count, n) in zip(table.index, table[["count", "n"]].to_numpy())]
+    return pd.DataFrame({"value": _intervals(table, "value", 2), "of": of}).rename_axis("measure")
+
+
+def case_table(own: pd.DataFrame, flags: pd.DataFrame) -> pd.DataFrame:
+    """Every case at the operating point, with its uncertainty and flag."""
+    flag = flags.set_index("case")
+    table = own.drop(columns="system").set_index("case").rename(columns=_HEADS | dict(reference_ml="reference (mL)", result_ml="result (mL)"))
+    table = table.round({"Dice": 3, "HD95 (mm)": 1, "AVD (%)": 1, "lesion recall": 2, "lesion F1": 2, "reference (mL)": 2, "result (mL)": 2})
+    return table.assign(**{"entropy (bits)": flag.entropy.round(2), "uncertainty": flag.uncertainty.round(3),
+                           "unsure": flag.unsure.map({True: "unsure", False: ""})})
+
+
+def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
+    """White matter within 10 mm of the ventricles and beyond: Dice over cases, lesions found, mean volumes (mL). No row where no
+    case has a ventricle mask."""
+    rows = {}
+    for zone, cases in zones.groupby("zone", sort=False):
+        found = lesions[(lesions.zone == zone) & (lesions.kind == "reference")].hit
+        rows[zone] = {"n": len(cases), "Dice": interval(*agreement.bootstrap_ci(cases.dsc, seed)[:3], 2), "reference lesions": len(found),
+                      "found": int(found.sum()), "reference (mL)": f"{cases.reference_ml.mean():.2f}", "result (mL)": f"{cases.result_ml.mean():.2f}"}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("zone")
+
+
+def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
+    """Displays `table` with its caption."""
+    from IPython.display import Markdown, display
+
+    display(table, Markdown(caption(name, data, n)))
+
+
+def show(figure: Figure, folder: RunFolder, name: str, data: str, n: int) -> None:
+    """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption."""
+    from IPython.display import Markdown, display
+
+    save_figure(figure, folder.figures / f"{name}.png")
+    display(figure, Markdown(caption(name, data, n)))
+
+
+def _scores(metrics: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:
+    rows = {}
+    for group, cases in agreement.by_group(metrics, column, seed).groupby(column, sort=False, observed=True):
+        scores = cases.set_index("score")
+        left_out = [f"{_HEADS[s]} {scores.nans[s]}" for s in SCORES if scores.nans[s]]
+        rows[group] = {"n": scores.n.iloc[0], **{_HEADS[s]: interval(*scores.loc[s, ["mean", "low", "high"]], _DECIMALS[s]) for s in SCORES},
+                       "left out": ", ".join(left_out) or "none"}
+    return pd.DataFrame(rows).T.rename_axis(column)
+
+
+def _intervals(table: pd.DataFrame, name: str, decimals: int, sign: str = "") -> pd.Series:
+    """Column `name` of each row with its interval, which lies in `<name>_low` and `<name>_high`."""
+    ends = [f"{name}_{end}" if f"{name}_{end}" in table else end for end in ("low", "high")]
+    return pd.Series([interval(*row, decimals, sign) for row in table[[name, *ends]].to_numpy(float)], table.index, dtype=object)
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}" if np.isfinite(value) else "-"
+
+
+def _p(value: float) -> str:
+    return "-" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 _CAPTIONS = {
@@ -122,45 +147,77 @@ _CAPTIONS = {
         "a validation loss that rises while the training loss falls means overfitting. The star is the epoch "
         "that was kept.",
     "search_heatmap":
-        "Mean Dice at every operating point tried, over {n} {data} kept for validation. Good: a broad plateau with "
-        "the chosen point (star) inside it; a narrow peak would not carry over to new cases. No test case is used "
-        "here.",
+        "Mean Dice at every operating point tried, over {n} {data} kept for validation; the smallest component counts voxels "
+        "above, mm3 below. Good: a broad plateau (outlined: within one standard error of the best) with the chosen point "
+        "(star) inside it; a narrow peak would not carry over to new cases. The diamond is the recipe's own point. No test "
+        "case is used here.",
+    "comparison":
+        "The chosen point and the recipe's own on the {n} {data} kept for validation, mean Dice and difference with 95 % bootstrap "
+        "intervals (recipe's minus chosen). The choice was made on these cases, which favours it. Good: the choice at least level with "
+        "the recipe's; a difference whose interval holds 0 is no difference.",
+    "results":
+        "Mean and 95 % bootstrap interval over {n} {data}; a score that is not defined for a case "
+        "is left out of the mean and counted (HD95 needs a result), and there is no interval below five cases. By the challenge's rule a "
+        "case without lesions counts as recall 1. Good: high Dice, recall and F1, low HD95 and AVD.",
+    "paired":
+        "Dice of the operating point minus that of each other system on the same {n} {data}, mean and 95 % bootstrap interval; "
+        "two-sided Wilcoxon signed-rank test, p corrected for their number after Holm. Good: gains whose interval lies above 0. With fewer than "
+        "six differing cases no test is made.",
+    "sites":
+        "Dice of {n} {data}, by site, a row of points a system; bars are means with 95 % intervals. Good: the "
+        "operating point above the baselines at every site, and sites level with each other.",
     "bland_altman":
-        "Lesion volumes of {n} {data} kept for testing: result against reference, and their difference against their "
-        "mean, with bias and limits of agreement (bands: 95 % intervals). Good: points along the identity, a bias "
-        "band that holds 0, narrow limits, no trend with volume.",
+        "Lesion volumes of {n} {data}: result against reference, their difference against their mean, and "
+        "their ratio (cases of 0 mL left out there), with bias and limits of agreement (bands: 95 % intervals). Good: points "
+        "along the identity, a bias band that holds 0 (a ratio of 1), narrow limits, no trend with volume.",
+    "strata":
+        "Where {n} {data} are hard, at the operating point: Dice by lesion burden, detection by lesion size, "
+        "and, where a ventricle mask is given, Dice within 10 mm of the ventricles and beyond, with 95 % intervals. Sizes are those of spheres 3, 5 and 10 mm across; their shares pool the lesions of all cases, and "
+        "n counts lesions there. Good: level curves; small burdens, small and deep lesions are usually worse.",
+    "calibration":
+        "How often a voxel of a given probability is a lesion, in {n} {data}. Good: points on the diagonal. "
+        "Below it the network is overconfident, above it too cautious. Voxels of all cases count alike: those "
+        "deeper than scalp and skull, and others that are lesion or have a probability of 0.01 or more. Nearly all are plain background, so the second "
+        "expected calibration error (ECE) leaves the lowest bin out.",
+    "uncertainty":
+        "Dice against how much the plain prediction and the mean over all views differ (1 minus their soft Dice; 0 with a single view), in {n} "
+        "{data}, those without a Dice left out; cases right of the line are flagged as unsure. The line and what counts as poor come from validation cases: poor is a Dice as low as in their "
+        "worst quarter. Good: poor cases on the right, flagged, good ones on the left. Rings mark the three lowest Dice.",
     "predictions":
-        "Best, median and worst by Dice of {n} {data} kept for testing, each on its slice with most lesion, lesions "
-        "outlined. Good: ground truth and prediction alike, an error map that is mostly 'found', errors only at "
-        "lesion borders. R and L are the patient's.",
+        "Best, median and worst by Dice of {n} {data}, each on its slice with most lesion, lesions outlined; "
+        "the frame is enlarged in the panels beside it. Good: ground truth and prediction alike, an error map that is mostly "
+        "'found', errors only at lesion borders, entropy (the network's doubt, 0 to 1 bit) where the errors are. R and L are the patient's.",
+    "groups":
+        "The operating point's scores in groups of the {n} {data}, as in the table above; no interval below five cases.",
+    "volumes":
+        "Agreement of lesion volume in {n} {data}, result minus reference, with 95 % intervals: bias and limits of agreement (Bland-Altman) in mL, on "
+        "the natural logarithm, and taken back from it as a ratio. Good: a bias whose interval holds 0 (a ratio of 1), narrow limits, ICC near 1. R2 "
+        "about identity takes the result as it is, R2 of the fit forgives any scale and offset.",
+    "sizes":
+        "Lesions of {n} {data} by size, pooled over cases: how many of the reference's are touched by the result (recall), and of the result's by the "
+        "reference (precision). Whole cases are redrawn for the intervals.",
+    "zones":
+        "The same cases within 10 mm of the ventricles (periventricular) and beyond (deep), mean Dice with 95 % interval and mean volumes.",
+    "flag":
+        "How often the flag of unsure cases was right in {n} {data}, with Wilson's 95 % intervals: a case is poor below the Dice that bounds the worst quarter "
+        "of the validation cases. Good: poor cases flagged (sensitivity), others not (specificity), rho near -1.",
+    "cases":
+        "Every one of {n} {data} at the operating point; entropy is the mean over voxels with a probability of 0.05 or more. A click on a column's head sorts by it.",
+    "viewer":
+        "Every slice of the best, median and worst of {n} {data}. Good: the two outlines run together; what is missed or false sits at borders, not in lesions of its own.",
     "split":
         "Lesion burden of {n} {data} by site and split. Good: the train, validation and test cases of a site span a "
-        "similar range.",
+        "similar range; a site that is left out is all test.",
     "cohort":
         "FLAIR slices of some of {n} {data}, a case a row, lesions outlined where a reference is given. Good: heads "
         "upright with anterior up, the patient's right (R) on the left, outlines on bright white matter.",
-    "sites":
-        "Dice of {n} {data} kept for testing, by site and system; bars are means. Good: the operating point above "
-        "both baselines at every site, and sites level with each other.",
-    "results":
-        "Mean and 95 % bootstrap interval over {n} {data} kept for testing; a score that is not defined for a case "
-        "is left out of the mean and counted. Good: high Dice, recall and F1, low HD95 and AVD.",
     "overlay":
         "Prediction on {data}, slices through the lesions found. Good: outlines follow bright lesions and leave "
-        "cortex, septum and choroid plexus alone; probability is high inside lesions; the views disagree (spread) "
-        "only at borders.",
+        "cortex, septum and choroid plexus alone; probability is high inside lesions; entropy, the "
+        "network's doubt, only at borders.",
 }
 
 
 def caption(name: str, data: str, n: int = 1) -> str:
-    """What figure `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans")."""
+    """What figure or table `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans")."""
     return _CAPTIONS[name].format(data=data, n=n)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit("usage: python -m wmhlib.report FLAIR REFERENCE RESULT")
-    try:
-        print("  ".join(f"{name} {value:.3f}" for name, value in score_files(*sys.argv[1:]).items()))
-    except WMHError as error:
-        sys.exit(f"error: {error}")

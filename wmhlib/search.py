@@ -8,37 +8,109 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from .agreement import bootstrap_ci
 from .errors import InputError
-from .metrics import label_components, reference_parts
+from .metrics import label_components, reference_parts, smallest
 from .settings import Operating
+from .uncertainty import case_uncertainty, unsure_limit
 
 PER_CASE = "dsc "  # columns "dsc <case>" of the search table
 ZSCORES = np.round(np.arange(0.5, 6.01, 0.1), 2)
+_AXES = ["unit", "tta", "threshold", "size"]
 
 
-def search(cases: Iterable[dict], operating: Operating) -> pd.DataFrame:
-    """Dice of every grid point of `operating` (thresholds x sizes x with and without TTA) on validation cases.
+def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Dice of every grid point of `operating` on validation cases, which are read once and one at a time.
 
-    Each case is a dict with `case`, `split`, `reference` (uint8, H x W x D, labels 0, 1, 2), `prob` (float32 in [0, 1],
-    one view) and `prob_tta` (the same over all views); they are read one at a time. A point's mask is
-    `prob >= threshold` without components below `min_voxels`, scored as `metrics.challenge_scores` does.
+    Each case is a dict with `case`, `split`, `spacing` (mm), `reference` (uint8, H x W x D, labels 0, 1, 2), `prob` (float32
+    in [0, 1], one view), `prob_tta` (the same over all views), `flair_z` (float32, normalised FLAIR) and `inner` (bool, where
+    the baseline may fire). A point's mask is `prob >= threshold` without components below `size`, which counts voxels or
+    mm3 (`unit`), scored as `metrics.challenge_scores` does. The recipe's own point is always on the grid.
 
-    Returns one row a point: `threshold`, `min_voxels`, `tta`, `dsc` (mean over cases), `se` (its standard error), `n`,
-    `nans` (cases with neither lesion nor result, left out) and `dsc <case>` for each case. Raises InputError for a case
-    of another split than "val", the same case twice, or no case at all.
+    Returns two tables. One row a point: `threshold`, `size`, `unit`, `tta`, `dsc` (mean over cases), `se` (its standard
+    error), `n`, `nans` (cases without a lesion, left out of all points alike), `dsc <case>` for each case, and `plateau`, whether it
+    belongs to the `plateau`. One row a case:
+    `case`, `uncertainty` and `z <t>`, the Dice of `(flair_z > t) & inner`. Raises InputError for a case of another split
+    than "val", the same case twice, or no case at all.
     """
-    scores = {}
+    thresholds = sorted({*operating.thresholds, operating.threshold})
+    sizes = [("voxels", float(s)) for s in sorted({*operating.sizes, operating.min_voxels})]
+    sizes += [("mm3", float(s)) for s in sorted(set(operating.sizes_mm3))]
+    scores, rows = {}, []
     for case in _validation(cases):
-        reference = reference_parts(case["reference"])
+        lesion, ignored = reference_parts(case["reference"])
+        smallest_kept = [smallest(_size(unit, size), case["spacing"]) for unit, size in sizes]
         scores[PER_CASE + case["case"]] = np.concatenate(
-            [_dice_grid(case[prob], *reference, operating).ravel() for prob in ("prob", "prob_tta")])
-    grid = pd.MultiIndex.from_product([(False, True), sorted(operating.thresholds), sorted(operating.sizes)],
-                                      names=["tta", "threshold", "min_voxels"])
-    table, per_case = grid.to_frame(index=False), pd.DataFrame(scores)
+            [_dice_grid(case[prob], lesion, ignored, thresholds, smallest_kept).ravel() for prob in ("prob", "prob_tta")])
+        rows.append({"case": case["case"], "uncertainty": case_uncertainty(case["prob"], case["prob_tta"]),
+                     **_dice_above(case["flair_z"], case["inner"] & ~ignored, lesion)})
+    grid = pd.DataFrame([(threshold, size, unit, tta) for tta in (False, True) for threshold in thresholds for unit, size in sizes],
+                        columns=["threshold", "size", "unit", "tta"])
+    per_case = pd.DataFrame(scores)
     n = per_case.count(axis=1)
     summary = pd.DataFrame({"dsc": per_case.mean(axis=1), "se": per_case.std(axis=1) / np.sqrt(n), "n": n,
                             "nans": len(scores) - n})
-    return pd.concat([table[["threshold", "min_voxels", "tta"]], summary, per_case], axis=1)
+    table = pd.concat([grid, summary, per_case], axis=1)
+    return table.assign(plateau=plateau(table) if n.any() else False), pd.DataFrame(rows)
+
+
+def plateau(table: pd.DataFrame) -> pd.Series:
+    """Which points of a search table form its plateau: the largest connected region of near-best points.
+
+    Near-best: at most one standard error below the best mean, of that mean and of the paired difference between the two
+    points' Dice, whichever is less: a point that ruins one case has a large error itself. Connected: neighbours in threshold or in size, with the same TTA and unit of size; of two
+    regions of one extent the one with the higher mean Dice. A lone spike therefore loses to a plateau it does not clearly beat.
+    """
+    best = table.dsc.idxmax()
+    per_case = table[[c for c in table if c.startswith(PER_CASE)]]
+    paired = per_case.loc[best] - per_case
+    error = np.fmin(paired.std(axis=1) / np.sqrt(paired.count(axis=1)), table.se[best]).fillna(0)
+    near = (table.dsc >= table.dsc[best] - error - 1e-12).to_numpy()
+    cell = tuple(_steps(table).to_numpy().T)
+    grid = np.zeros([axis.max() + 1 for axis in cell], bool)
+    grid[cell] = near
+    neighbours = np.zeros((3, 3, 3, 3), bool)
+    neighbours[1, 1] = ndimage.generate_binary_structure(2, 1)
+    region = ndimage.label(grid, neighbours)[0][cell]
+    largest = max(sorted(set(region[near])), key=lambda r: ((region == r).sum(), table.dsc[region == r].mean()))
+    return pd.Series(region == largest, index=table.index)
+
+
+def choose(table: pd.DataFrame, validation: pd.DataFrame) -> dict:
+    """The operating point of the two tables of `search`: the point of the `plateau` nearest the plateau's centre.
+
+    Distances count grid steps; of points equally near the one with the higher Dice. Returns plain values: `threshold`,
+    `min_voxels` and `min_mm3` (both must be reached), `tta`, `dsc` and `se` (mean validation Dice and its standard error; None
+    for one case), `n`, `best_dsc` (of the best single point), `plateau_points`; `zscore_threshold`, the baseline's with the
+    best mean Dice; `unsure_above` and `poor_below`, the limits of the flag for unsure cases (`uncertainty.unsure_limit`).
+    Raises InputError where no point has a Dice.
+    """
+    if not table.dsc.notna().any():
+        raise InputError("no point of the search table has a Dice: no validation case has a lesion")
+    inside = table.index[plateau(table)]
+    steps = _steps(table).loc[inside, ["threshold", "size"]]
+    distance = ((steps - steps.mean()) ** 2).sum(axis=1).round(9)
+    row = table.loc[inside].assign(distance=distance).sort_values(["distance", "dsc"], ascending=[True, False]).iloc[0]
+    dice = row[[PER_CASE + case for case in validation.case]].to_numpy(float)
+    zscores = validation[[c for c in validation if c.startswith("z ")]].mean().fillna(-1)
+    return dict(threshold=float(row.threshold), **_size(row.unit, row["size"]), tta=bool(row.tta), dsc=float(row.dsc),
+                se=float(row.se) if row.n > 1 else None, n=int(row.n), best_dsc=float(table.dsc.max()),
+                plateau_points=len(inside), zscore_threshold=float(zscores.idxmax().removeprefix("z ")),
+                **unsure_limit(validation.uncertainty.to_numpy(), dice))
+
+
+def compare(table: pd.DataFrame, point: dict, operating: Operating, seed: int) -> pd.DataFrame:
+    """The chosen `point` and the recipe's own on the same validation cases: mean Dice and its difference to the choice, each
+    with its 95 % bootstrap interval over cases (`seed`)."""
+    recipe = dict(threshold=operating.threshold, min_voxels=operating.min_voxels, min_mm3=0.0, tta=operating.tta)
+    per_case = table[[c for c in table if c.startswith(PER_CASE)]]
+    chosen, rows = per_case.loc[_row(table, point)], []
+    for name, at in (("chosen", point), ("recipe", recipe)):
+        dice = per_case.loc[_row(table, at)]
+        rows.append({"point": name, **{key: at[key] for key in ("threshold", "min_voxels", "min_mm3", "tta")},
+                     **dict(zip(("dsc", "low", "high", "left_out"), bootstrap_ci(dice, seed))),
+                     **dict(zip(("difference", "difference_low", "difference_high"), bootstrap_ci(dice - chosen, seed)))})
+    return pd.DataFrame(rows)
 
 
 def _validation(cases: Iterable[dict]) -> Iterator[dict]:
@@ -56,9 +128,25 @@ def _validation(cases: Iterable[dict]) -> Iterator[dict]:
         raise InputError("no validation case to search on: expected at least one case with split 'val'")
 
 
-def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, operating: Operating) -> np.ndarray:
-    """Dice of one case, thresholds x sizes (both ascending); each threshold's components are labelled once."""
-    thresholds, sizes = sorted(operating.thresholds), sorted(operating.sizes)
+def _size(unit: str, size: float) -> dict:
+    return dict(min_voxels=int(size) if unit == "voxels" else 1, min_mm3=float(size) if unit == "mm3" else 0.0)
+
+
+def _row(table: pd.DataFrame, point: dict) -> int:
+    """The row of the search table that is `point`."""
+    unit, size = ("mm3", point["min_mm3"]) if point["min_mm3"] else ("voxels", point["min_voxels"])
+    at = (table.unit == unit) & np.isclose(table["size"], size) & np.isclose(table.threshold, point["threshold"])
+    return table.index[at & (table.tta == point["tta"])][0]
+
+
+def _steps(table: pd.DataFrame) -> pd.DataFrame:
+    """Each point's place on the grid, in steps along its axes."""
+    steps = table[_AXES].assign(unit=table.unit == "mm3", tta=table.tta.astype(bool)).astype(float).rank(method="dense")
+    return steps.assign(size=table.groupby("unit")["size"].rank(method="dense")).astype(int)
+
+
+def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, thresholds: list, sizes: list) -> np.ndarray:
+    """Dice of one case, thresholds (ascending) x sizes (voxels), NaN without a lesion; each threshold is labelled once."""
     lesion_size = int(lesion.sum())
     dice = np.full((len(thresholds), len(sizes)), np.nan)
     box = (ndimage.find_objects((prob >= thresholds[0]).astype(np.uint8)) or [None])[0] or np.s_[:0, :0, :0]
@@ -73,69 +161,19 @@ def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, operat
         order = np.argsort(whole)
         tails = [np.append(np.cumsum(x[order][::-1])[::-1], 0) for x in (hit, counted)]
         both, result = (tail[np.searchsorted(whole[order], sizes)] for tail in tails)
-        np.divide(2 * both, lesion_size + result, out=dice[row], where=lesion_size + result > 0)
+        if lesion_size:
+            dice[row] = 2 * both / (lesion_size + result)
     return dice
 
 
-def plateau(table: pd.DataFrame) -> pd.Series:
-    """Which points of a search table form its plateau: the largest connected region of near-best points.
-
-    Near-best: at most one standard error below the best mean, the error taken on the paired differences between the
-    two points' Dice over cases. Connected: neighbours in threshold or in size, with the same TTA; of two regions of one
-    extent the one with the higher mean Dice. A lone spike therefore loses to a plateau it does not clearly beat.
-    """
-    best = table.dsc.idxmax()
-    per_case = table[[c for c in table if c.startswith(PER_CASE)]]
-    paired = per_case.loc[best] - per_case
-    error = (paired.std(axis=1) / np.sqrt(paired.count(axis=1))).fillna(0)
-    near = (table.dsc >= table.dsc[best] - error - 1e-12).to_numpy()
-    cell = tuple(table[["tta", "threshold", "min_voxels"]].astype(float).rank(method="dense").astype(int).to_numpy().T)
-    grid = np.zeros([axis.max() + 1 for axis in cell], bool)
-    grid[cell] = near
-    neighbours = ndimage.generate_binary_structure(3, 1)
-    neighbours[[0, 2]] = False
-    region = ndimage.label(grid, neighbours)[0][cell]
-    largest = max(set(region[near]), key=lambda r: ((region == r).sum(), table.dsc[region == r].mean()))
-    return pd.Series(region == largest, index=table.index)
-
-
-def choose(table: pd.DataFrame) -> dict:
-    """The operating point of a search table: the point of its `plateau` nearest the plateau's centre.
-
-    Distances count grid steps; of points equally near the one with the higher Dice. Returns plain values: `threshold`,
-    `min_voxels`, `tta`, `dsc` and `se` (mean validation Dice and its standard error; None for one case), `n`,
-    `best_dsc` (of the best single point) and `plateau_points`. Raises InputError where no point has a Dice.
-    """
-    if not table.dsc.notna().any():
-        raise InputError("no point of the search table has a Dice: no validation case has a lesion")
-    steps = table[["threshold", "min_voxels"]].rank(method="dense")
-    inside = table.index[plateau(table)]
-    distance = ((steps.loc[inside] - steps.loc[inside].mean()) ** 2).sum(axis=1).round(9)
-    row = table.loc[inside].assign(distance=distance).sort_values(["distance", "dsc"], ascending=[True, False]).iloc[0]
-    return dict(threshold=float(row.threshold), min_voxels=int(row.min_voxels), tta=bool(row.tta), dsc=float(row.dsc),
-                se=float(row.se) if row.n > 1 else None, n=int(row.n), best_dsc=float(table.dsc.max()),
-                plateau_points=len(inside))
-
-
-def tune_zscore(cases: Iterable[dict], thresholds=ZSCORES) -> float:
-    """The FLAIR z-score baseline: the t of the best mean Dice of `(flair_z > t) & inner` on validation cases.
-
-    Each case is a dict with `case`, `split`, `reference` (H x W x D, labels 0, 1, 2), `flair_z` (float32, normalised
-    FLAIR) and `inner` (bool, where the baseline may fire). `thresholds` ascend. Raises InputError as `search` does.
-    """
-    levels = np.asarray(thresholds, np.float32)
+def _dice_above(flair_z: np.ndarray, allowed: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
+    """Dice of `flair_z > t` within `allowed`, by "z <t>" for every t of ZSCORES (NaN without a lesion)."""
+    levels = ZSCORES.astype(np.float32)
 
     def above(values: np.ndarray) -> np.ndarray:
-        """How many of the values lie above each level."""
         passed = np.bincount(np.searchsorted(levels, values[values > levels[0]]), minlength=len(levels) + 1)
         return np.cumsum(passed[::-1])[::-1][1:]
 
-    dice = []
-    for case in _validation(cases):
-        lesion, ignored = reference_parts(case["reference"])
-        allowed = case["inner"] & ~ignored
-        both, result = above(case["flair_z"][allowed & lesion]), above(case["flair_z"][allowed])
-        total = int(lesion.sum()) + result
-        dice.append(np.divide(2 * both, total, out=np.full(len(levels), np.nan), where=total > 0))
-    mean = pd.DataFrame(dice).mean().fillna(-1)
-    return float(thresholds[int(mean.to_numpy().argmax())])
+    both, total = above(flair_z[allowed & lesion]), int(lesion.sum()) + above(flair_z[allowed])
+    dice = 2 * both / total if lesion.any() else np.full(len(levels), np.nan)
+    return dict(zip((f"z {t:g}" for t in ZSCORES), dice.tolist()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import RecipeError
 
 MODALITIES = ("flair", "t1")
+PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
 
 
 def _require(holds: bool, name: str, found, expected: str) -> None:
@@ -153,12 +154,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Split:
-    val: float = 0.15  # shares of the cases, per site
-    test: float = 0.15
+    """Who trains, validates and tests (see `splits`)."""
+
+    protocol: str = "stratified"  # or "challenge", "leave-one-site-out", "k-fold"
+    val: float = 0.15  # share of the subjects of a site that are not held out by the protocol
+    test: float = 0.15  # share of the subjects of a site, for "stratified"
+    held_out: str = ""  # the site that tests, for "leave-one-site-out"
+    folds: int = 5  # for "k-fold"
+    fold: int = 0  # the one that tests, counted from 0
 
     def __post_init__(self):
+        _require(self.protocol in PROTOCOLS, "split.protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
         _require(min(self.val, self.test) > 0 and self.val + self.test < 1, "split", (self.val, self.test),
                  "two shares above 0 that leave cases for training")
+        _require(bool(self.held_out) == (self.protocol == "leave-one-site-out"), "split.held_out", self.held_out,
+                 "a site's name with split.protocol=leave-one-site-out, and nothing else")
+        _require(self.folds >= 2, "split.folds", self.folds, "2 or more")
+        _require(0 <= self.fold < (self.folds if self.protocol == "k-fold" else 1), "split.fold", self.fold,
+                 f"0 to {self.folds - 1} with split.protocol=k-fold, 0 with another")
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,8 @@ class Operating:
     tta: bool = True
     views: int = 8  # 8: flips and quarter turns (the group D4); 4: both flips; 2: the left-right flip; 1: none
     thresholds: tuple[float, ...] = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
-    sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)
+    sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)  # smallest component kept, voxels
+    sizes_mm3: tuple[float, ...] = (3.0, 6.0, 9.0, 15.0, 25.0, 40.0, 60.0)  # the same, mm3
     batch_size: int = 16  # slices in one forward pass
 
     def __post_init__(self):
@@ -179,6 +193,7 @@ class Operating:
         _require(len(self.thresholds) > 0 and all(0 < t < 1 for t in self.thresholds), "operating.thresholds",
                  self.thresholds, "values between 0 and 1")
         _require(len(self.sizes) > 0 and min(self.sizes) >= 1, "operating.sizes", self.sizes, "voxel counts of 1 or more")
+        _require(len(self.sizes_mm3) > 0 and min(self.sizes_mm3) > 0, "operating.sizes_mm3", self.sizes_mm3, "volumes above 0 mm3")
         _require(self.min_voxels >= 1 and self.batch_size >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
 
 
@@ -294,7 +309,7 @@ PRESETS = {
                     adapter=Adapter(rank_attention=4, rank_mlp=2),
                     training=Training(epochs=2, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=2,
                                       checkpoint_epochs=1),
-                    split=Split(val=0.25, test=0.25), operating=Operating(views=2, thresholds=(0.3, 0.5), sizes=(1, 3)),
+                    split=Split(val=0.25, test=0.25), operating=Operating(views=2, thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0, 30.0)),
                     cohort=Cohort(synthetic_cases=12, scale=3.0)),
 }
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from nibabel.affines import apply_affine
 from nibabel.orientations import io_orientation
 
 from .volumes import reorient
+
+_INSIDE = dict(color="white", fontsize=8, fontweight="bold", path_effects=[withStroke(linewidth=1.5, foreground="black")])
 
 
 def to_display(affine: np.ndarray, *volumes: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
@@ -47,8 +50,9 @@ def _bright(image: np.ndarray) -> np.ndarray:
     return image > low + 0.15 * (high - low)
 
 
-def show(ax, image: np.ndarray, spacing, dim: float = 1.0) -> None:
-    """A FLAIR slice in grey, scalp fat saturated where it would darken the brain; `dim` below 1 darkens all of it."""
+def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> None:
+    """A FLAIR slice in grey, scalp fat saturated where it would darken the brain; `dim` below 1 darkens all of it;
+    `name` stands in a lower corner."""
     low, high = np.percentile(image, (1, 99.7))
     bright = _bright(image)
     if bright.any():
@@ -56,6 +60,7 @@ def show(ax, image: np.ndarray, spacing, dim: float = 1.0) -> None:
     ax.imshow(image, cmap="gray", vmin=low, vmax=low + max(high - low, 1e-6) / dim, aspect=spacing[0] / spacing[1],
               interpolation="bilinear")
     ax.set_axis_off()
+    ax.text(0.03, 0.02, name, ha="left", va="bottom", transform=ax.transAxes, **_INSIDE)
 
 
 def outline(ax, mask: np.ndarray, colour: str, style: str = "solid") -> None:
@@ -67,15 +72,37 @@ def outline(ax, mask: np.ndarray, colour: str, style: str = "solid") -> None:
         lines.set_path_effects(halo)
 
 
-def name_sides(ax, spacing, shape, bar_mm: float = 20.0) -> None:
-    """R and L of the patient, and a scale bar, on a slice of `shape`."""
-    text = dict(color="white", fontsize=8, fontweight="bold", va="top", transform=ax.transAxes)
-    ax.text(0.03, 0.98, "R", ha="left", **text)
-    ax.text(0.97, 0.98, "L", ha="right", **text)
-    length = bar_mm / spacing[1]
-    right, bottom = shape[1] * 0.96, shape[0] * 0.97
-    ax.plot([right - length, right], [bottom, bottom], color="white", linewidth=2, solid_capstyle="butt")
-    ax.text(right, bottom - 0.015 * shape[0], f"{bar_mm:g} mm", color="white", fontsize=7, ha="right", va="bottom")
+def enlarge(whole, panels, mask: np.ndarray, spacing, margin_mm: float = 8.0, bar_mm: float = 10.0) -> None:
+    """Let `panels` show the part of the slice around a mask, and frame that part in the panel `whole`.
+
+    The part has the slice's proportions, is at least a third of it and never beyond it; all of it where the mask is
+    empty. `spacing` in mm, rows and columns; the first panel gets a scale bar."""
+    shape = np.array(mask.shape)
+    found = np.argwhere(mask) if mask.any() else np.array([[0, 0], shape])
+    low, high = found.min(0) - margin_mm / np.asarray(spacing), found.max(0) + margin_mm / np.asarray(spacing)
+    size = shape * np.clip(((high - low) / shape).max(), 1 / 3, 1)
+    top, left = np.clip((low + high - size) / 2, -0.5, shape - 0.5 - size)
+    whole.add_patch(Rectangle((left, top), *size[::-1], fill=False, edgecolor="white", linewidth=0.8))
+    for ax in panels:
+        ax.set(xlim=(left, left + size[1]), ylim=(top + size[0], top))
+    _scale_bar(panels[0], spacing, bar_mm)
+
+
+def name_sides(ax, spacing, bar_mm: float = 20.0) -> None:
+    """R and L of the patient in the upper corners, a scale bar in a lower one; `spacing` in mm, rows and columns."""
+    for x, side in ((0.03, "R"), (0.97, "L")):
+        ax.text(x, 0.98, side, ha="left" if side == "R" else "right", va="top", transform=ax.transAxes, **_INSIDE)
+    _scale_bar(ax, spacing, bar_mm)
+
+
+def _scale_bar(ax, spacing, bar_mm: float) -> None:
+    left, right = ax.get_xlim()
+    across, end = ax.get_xaxis_transform(), right - 0.04 * (right - left)
+    bar, = ax.plot([end - bar_mm / spacing[1], end], [0.03, 0.03], color="white", linewidth=2, transform=across,
+                   solid_capstyle="butt")
+    bar.set_path_effects(_INSIDE["path_effects"])
+    ax.set_xlim(left, right)
+    ax.text(end, 0.05, f"{bar_mm:g} mm", ha="right", va="bottom", transform=across, **_INSIDE)
 
 
 def label_row(ax, text: str) -> None:

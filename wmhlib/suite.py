@@ -1,6 +1,8 @@
 """Runs the notebooks in order, live in the terminal, and leaves each as an HTML page that needs no network.
 
     python -m wmhlib.suite --preset demo --run runs/demo
+    python -m wmhlib.suite report --run runs/demo
+    python -m wmhlib.suite evaluate --run runs/demo --data folder
     python -m wmhlib.suite predict --run runs/demo --flair FLAIR.nii.gz --out folder
 """
 
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -16,13 +17,13 @@ from pathlib import Path
 
 import nbformat
 
-from . import errors
-from .errors import WMHError
+from . import derivatives, errors, pages
+from .errors import InputError, WMHError
+from .report import results_text
 from .workspace import REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore"}
-_NOT_IN_A_REPORT = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)\s*|The first cell below .*")  # badge and instructions
 
 
 class NotebookError(WMHError):
@@ -38,21 +39,42 @@ def run_suite(run: RunFolder, preset: str, **first) -> None:
     for number, name in enumerate(NOTEBOOKS, 1):
         print(f"[{number}/{len(NOTEBOOKS)}] {name}", flush=True)
         start = time.monotonic()
-        output = run.notebooks / f"{name}.ipynb"
-        execute(name, output, shared | (first if name == "01_download" else {}))
-        export_html(output, output.with_suffix(".html"))
+        _page(name, run.notebooks / f"{name}.ipynb", shared | (first if name == "01_download" else {}))
         print(f"[{number}/{len(NOTEBOOKS)}] {name} done in {time.monotonic() - start:.0f} s", flush=True)
 
 
+def report(run: RunFolder, data: str = "", out: str = "") -> Path:
+    """Notebook 05 again, or with `data` (a folder or CSV of labelled cases) as an evaluation of the run's weights on them, in
+    `out` ("": the run's evaluations/<name of data>). Returns its HTML page."""
+    folder = run.evaluation(data, out) if data else run
+    print(f"05_report on {data or run.path}", flush=True)
+    return _page("05_report", folder.notebooks / "05_report.ipynb",
+                 {"preset": run.recipe().name, "run_dir": str(run.path), "data_dir": data, "out_dir": str(folder.path) if data else ""})
+
+
 def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
-    """Notebook 06 on one scan: its files in `out` ("": the run's predictions/<scan>) and, returned, the HTML page."""
-    stem = Path(flair).name.removesuffix(".gz").removesuffix(".nii")
-    folder = Path(out) if out else run.predictions / stem
+    """Notebook 06 on scans (`derivatives.find`): BIDS derivatives in `out` ("": the run's derivatives). Returns its HTML page;
+    raises InputError, at the end, if a scan failed."""
+    folder = Path(out).expanduser() if out else run.path / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
         execute("06_predict", output, {"preset": run.recipe().name, "run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
                                        "out_dir": str(folder)})
-        return export_html(output, folder / f"{stem}_report.html")
+        page = pages.export_html(output, folder / "report.html")
+    scans = read_table(folder / derivatives.TABLE)
+    failed = (scans.status == "failed").sum()
+    if failed:
+        raise InputError(f"{failed} of {len(scans)} scans failed, the others are done: {folder / derivatives.INDEX} says why")
+    return page
+
+
+def _page(name: str, output: Path, parameters: dict) -> Path:
+    """Runs a notebook into `output`; its HTML page, and for the report a PDF, beside it."""
+    execute(name, output, parameters)
+    page = pages.export_html(output, output.with_suffix(".html"))
+    if name == "05_report":
+        pages.export_pdf(page)
+    return page
 
 
 def execute(name: str, output: Path, parameters: dict) -> None:
@@ -77,26 +99,6 @@ def execute(name: str, output: Path, parameters: dict) -> None:
         write_atomic(output, executed.read_bytes())
 
 
-def export_html(notebook: Path, page: Path) -> Path:
-    """The executed notebook as one HTML file without code: images embedded, nothing loaded from anywhere."""
-    from nbconvert import HTMLExporter
-
-    content = nbformat.read(notebook, as_version=4)
-    content.cells = [cell for cell in content.cells if cell.cell_type == "markdown" or cell.get("outputs")]
-    for cell in content.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _NOT_IN_A_REPORT.sub("", cell.source)
-        else:  # progress bars and warnings are for the terminal
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-    exporter = HTMLExporter(template_name="lab", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
-                            exclude_anchor_links=True, embed_images=True, require_js_url="", jquery_url="", mathjax_url="",
-                            mermaid_js_url="", mermaid_layout_elk_js_url="", widget_renderer_url="", jupyter_widgets_base_url="")
-    title = re.search(r"^# (.+)", content.cells[0].source, re.M)
-    html, _ = exporter.from_notebook_node(content, {"metadata": {"name": title[1] if title else notebook.stem}})
-    write_atomic(page, re.sub(r'<script[^>]* src="[^"]*"[^>]*>\s*</script>', "", html))
-    return page
-
-
 def generate_notebooks(folder: Path = REPOSITORY / "notebooks") -> None:
     """Writes each .ipynb from its .py: no outputs, cell ids that stay, so that the same source gives the same bytes."""
     for source in sorted(folder.glob("*.py")):
@@ -115,17 +117,17 @@ def notebook_text(source: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "predict", "notebooks"))
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "notebooks"))
     parser.add_argument("--run", default="", help="run folder (default runs/<preset>)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--data", default="", help="folder of cases; without it a preset's synthetic cohort")
+    parser.add_argument("--data", default="", help="folder or CSV of cases; without it a preset's synthetic cohort")
     parser.add_argument("--source", default="", help="synthetic, folder, kaggle or dataverse")
     parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file")
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
-    parser.add_argument("--flair", default="", help="scan to segment")
+    parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict")
+    parser.add_argument("--out", default="", help="folder for the results of predict or evaluate")
     given = parser.parse_args(arguments)
     run = RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
@@ -134,8 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
             generate_notebooks()
         elif given.action == "predict":
             if not given.flair:
-                parser.error("predict needs --flair, the scan to segment")
+                parser.error("predict needs --flair, the scans to segment")
             print(f"report {predict(run, given.flair, given.out, given.t1)}")
+        elif given.action in ("report", "evaluate"):
+            if given.action == "evaluate" and not given.data:
+                parser.error("evaluate needs --data, the labelled cases to evaluate on")
+            page = report(run, given.data if given.action == "evaluate" else "", given.out)
+            _results(RunFolder(page.parent.parent), run.recipe().seed)
+            print(f"report {page}")
         else:
             run_suite(run, given.preset, seed=given.seed, data_dir=given.data, source=given.source, medsam=given.medsam,
                       overrides=given.overrides)
@@ -147,12 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _conclude(run: RunFolder, seconds: float) -> None:
-    from . import report
-
-    table = report.results_text(read_table(run.metrics_csv), run.recipe().seed)
-    print(f"\n{table}\n\nfinished in {seconds / 60:.1f} minutes; reports, first the one with the results:")
+    _results(run, run.recipe().seed)
+    print(f"finished in {seconds / 60:.1f} minutes; reports, first the one with the results:")
     for name in reversed(NOTEBOOKS):
         print(f"  {run.notebooks / name}.html")
+
+
+def _results(folder: RunFolder, seed: int) -> None:
+    print(f"\n{results_text(read_table(folder.metrics_csv), seed)}\n")
 
 
 if __name__ == "__main__":

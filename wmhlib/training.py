@@ -23,6 +23,7 @@ from .errors import CheckpointError, WMHError
 from .losses import total_loss
 from .network import WMHNet, native_precision, save_weights
 from .settings import Recipe, Training
+from .splits import check_split
 from .workspace import RunFolder, atomic, read_table, stable_seed, write_table
 
 _GENERATIONS = 2  # checkpoints kept
@@ -45,8 +46,8 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     """
     recipe = run.recipe()
     settings, inputs = recipe.training, recipe.inputs
-    cases = read_table(run.need(run.cohort_csv, "01_download")).merge(
-        read_table(run.need(run.split_csv, "02_split"))[["case", "split"]], on="case", validate="one_to_one")
+    cases = run.cases()
+    check_split(read_table(run.split_csv), cases)
 
     AcceleratorState._reset_state()  # the precision of an earlier run in this process
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +55,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     network = WMHNet(recipe)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=settings.lr,
                                   betas=settings.betas, weight_decay=settings.weight_decay)
-    origin = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": cases[["case", "split"]].to_csv(index=False)}
+    origin = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": run.split_text()}
     history = _resume(run, origin, network, optimizer, accelerator.scaler, progress)
     if len(history) == settings.epochs:
         run.need(run.best, "03_train, after deleting the checkpoints of this run,")
@@ -77,7 +78,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
         history.append(row)
         if accelerator.is_main_process:
             if better:
-                save_weights(network, recipe, run.best)
+                save_weights(network, origin, run.best)
             write_table(pd.DataFrame(history), run.history_csv)
             if epoch % settings.checkpoint_epochs == 0 or epoch == settings.epochs:
                 _save_checkpoint(run, origin, network, optimizer, accelerator.scaler, history)

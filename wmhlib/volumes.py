@@ -113,6 +113,13 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     return Case(volume, images, inner, labels, _grid(volume, head, inner, inputs.fov))
 
 
+def need_file(path: str | Path) -> None:
+    """Raise InputError unless `path` is a file whose content is here."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} " + ("is a link whose content is not here: 'datalad get' or 'git annex get' it first"
+                                       if Path(path).is_symlink() else "does not exist"))
+
+
 def check_grid(path: str | Path, image: nib.spatialimages.SpatialImage, like: Volume) -> None:
     """Raise InputError unless `image`, read from `path`, has the shape of `like` and its corners at the same places in mm."""
     if image.shape != like.data.shape:
@@ -201,8 +208,7 @@ def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
 
 def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
     """The image without its trailing axes of length one, and its voxels as float32."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist")
+    need_file(path)
     try:
         image = nib.load(path)
         shape = image.shape

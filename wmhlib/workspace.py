@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from packaging.requirements import Requirement
 
 from .errors import InputError, MissingStepError, RecipeError
 from .settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DRIVE = Path("/content/drive")
-_TEXT_COLUMNS = ("case", "site", "flair", "t1", "mask", "group", "split", "system", "scan")
+_TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
+                 "page")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
              "connected-components-3d", "nilearn")
 
@@ -38,7 +40,7 @@ class RunFolder:
     path: Path
 
     def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "path", Path(self.path).expanduser())
 
     recipe_json = property(lambda self: self.path / "recipe.json")
     cohort_csv = property(lambda self: self.path / "cohort.csv")
@@ -80,15 +82,32 @@ class RunFolder:
             raise MissingStepError(f"{path} is missing: run notebook {notebook} first")
         return path
 
+    def cases(self) -> pd.DataFrame:
+        """The cohort with the column `split`, a row for each case of both tables. MissingStepError where one is missing."""
+        cohort = read_table(self.need(self.cohort_csv, "01_download"))
+        split = read_table(self.need(self.split_csv, "02_split"))
+        return cohort.merge(split[["case", "split"]], on="case", validate="one_to_one")
+
+    def evaluation(self, data: str | Path, out: str | Path = "") -> RunFolder:
+        """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table>."""
+        data = Path(data).expanduser().absolute()
+        return RunFolder(out or self.path / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
+
+    def split_text(self) -> str:
+        """Which case is on which side of the split, as weights and checkpoints remember it."""
+        return self.cases()[["case", "split"]].to_csv(index=False)
+
     def write_manifest(self) -> Path:
-        """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but the notebooks."""
+        """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks,
+        evaluations and derivatives."""
+        others = (self.notebooks, self.path / "evaluations", self.path / "derivatives")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
-                       and p != self.manifest and self.notebooks not in p.parents)
+                       and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "commit": _commit(),
             "seed": self.recipe().seed,
-            "files": {p.relative_to(self.path).as_posix(): _sha256(p) for p in files},
+            "files": {p.relative_to(self.path).as_posix(): sha256(p) for p in files},
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
         return self.manifest
@@ -137,6 +156,17 @@ def stable_seed(*parts) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def natural(text: str) -> list:
+    """A key that sorts numbers in names by their value: Utrecht_2 before Utrecht_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
     """The default folder for runs. In Colab it also mounts Drive and installs the distributions of `requirements` that are
     missing; torch and numpy stay as they are, since a session that loses its own breaks."""
@@ -149,16 +179,16 @@ def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str
 
 
 def secret(name: str) -> str | None:
-    """The secret `name` from the environment, else from Colab's secrets, else None (kaggle reads its own file)."""
-    if os.environ.get(name):
-        return os.environ[name]
-    if not _in_colab():
+    """The secret `name` from the environment, else from Colab's secrets, else None; where it is the path of a file, the file's text."""
+    value = os.environ.get(name)
+    if not value and _in_colab():
+        from google.colab import userdata
+        with contextlib.suppress(Exception):  # absent, access not granted, or no page to ask: Colab has an error of its own for each
+            value = userdata.get(name)
+    if not value:
         return None
-    from google.colab import userdata
-    try:
-        return userdata.get(name)
-    except Exception:  # absent, access not granted, or no page to ask: Colab has an error of its own for each
-        return None
+    file = os.path.expanduser(value.strip())
+    return Path(file).read_text().strip() if os.path.isfile(file) else value.strip()
 
 
 def _settings(recipe: Recipe) -> dict:
@@ -183,11 +213,6 @@ def _commit() -> str | None:
         return None
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _in_colab() -> bool:
     try:
         return importlib.util.find_spec("google.colab") is not None
@@ -197,8 +222,9 @@ def _in_colab() -> bool:
 
 def _missing(requirements: str) -> list[str]:
     lines = [line.split("#")[0].strip() for line in requirements.splitlines()]
-    names = {line: re.split(r"[^\w.-]", line)[0] for line in lines if line}
-    return [line for line, name in names.items() if name not in ("torch", "numpy") and _version(name) is None]
+    wanted = {line: Requirement(line) for line in lines if line}
+    return [line for line, package in wanted.items() if package.name not in ("torch", "numpy")
+            and not package.specifier.contains(_version(package.name) or "0", prereleases=True)]
 
 
 def _install(missing: list[str]) -> None:

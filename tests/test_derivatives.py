@@ -1,0 +1,383 @@
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from wmhlib import bids, derivatives, scanpages
+from wmhlib.cohort import find_cases
+from wmhlib.errors import InputError
+from wmhlib.settings import preset
+
+OVERLAY = scanpages.overlay
+LESION = (slice(10, 13), slice(12, 15), slice(5, 7))
+
+
+class Engine:
+    """Finds the brightest voxels, and counts the scans it was shown."""
+
+    img_size = 64
+
+    def __init__(self, weight=0.0, recipe="", **point):
+        self.model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.model.weight, weight)
+        torch.nn.init.zeros_(self.model.bias)
+        self.recipe = preset("smoke", recipe)
+        self.point = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True) | point
+        self.seen = []
+
+    def predict(self, case):
+        self.seen.append(case.volume.path.name)
+        prob = np.where(case.volume.data > 150, 0.9, 0.1).astype(np.float32)
+        return SimpleNamespace(case=case, prob=prob / 2, prob_tta=prob)
+
+    def segment(self, prediction):
+        return prediction.prob_tta >= self.point["threshold"]
+
+
+@pytest.fixture(autouse=True)
+def quick_figure(monkeypatch):
+    monkeypatch.setattr(scanpages, "overlay", lambda case: SimpleNamespace(_repr_png_=lambda: b"a figure"))
+
+
+@pytest.fixture
+def scan(tiny_nifti):
+    """Writes a head with one lesion of 18 voxels of 3 mm3."""
+    def write(name, **options):
+        path = tiny_nifti(name, **options)
+        image = nibabel.load(path)
+        data = image.get_fdata(dtype=np.float32)
+        data[LESION] = 200
+        nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
+        return path
+    return write
+
+
+def run(engine, paths, out):
+    return derivatives.predict_scans(engine, derivatives.find(paths), out, progress=False)
+
+
+def sidecar(out, name="sub-01"):
+    return json.loads((out / name / "anat" / f"{name}_space-FLAIR_label-WMH_mask.json").read_text())
+
+
+def test_results_are_named_as_bids_names_them_and_lie_on_the_scans_grid(scan, tmp_path):
+    flair = scan("study/sub-01/ses-b/anat/sub-01_ses-b_acq-3D_run-2_FLAIR.nii.gz", axes="LAS")
+    run(Engine(), flair, tmp_path / "out")
+    stem = "sub-01_ses-b_acq-3D_run-2_space-FLAIR_label-WMH_"
+    folder = tmp_path / "out" / "sub-01" / "ses-b" / "anat"
+    assert {path.name for path in folder.iterdir()} == {stem + ending for ending in (
+        "mask.nii.gz", "mask.json", "probseg.nii.gz", "probseg.json", "stat-entropy_statmap.nii.gz", "stat-entropy_statmap.json",
+        "lesions.tsv", "thumbnail.jpg", "report.html")}
+    given = nibabel.load(flair)
+    for ending, kind in (("mask", np.uint8), ("probseg", np.float32), ("stat-entropy_statmap", np.float32)):
+        image = nibabel.load(folder / f"{stem}{ending}.nii.gz")
+        assert image.get_data_dtype() == kind and image.shape == given.shape and np.array_equal(image.affine, given.affine)
+    lesions = pd.read_csv(folder / f"{stem}lesions.tsv", sep="\t")
+    assert lesions.volume_mm3.tolist() == [54] and lesions.max_prob[0] == pytest.approx(0.9)
+    columns = json.loads((tmp_path / "out" / "space-FLAIR_label-WMH_lesions.json").read_text())
+    assert set(lesions.columns) == set(columns)
+
+
+def test_the_dataset_says_what_made_it_and_leads_back_to_its_sources(scan, tmp_path):
+    flair, out = scan("study/sub-01/anat/sub-01_FLAIR.nii.gz"), tmp_path / "out"
+    run(Engine(unsure_above=0.3), flair, out)
+    description = json.loads((out / "dataset_description.json").read_text())
+    assert description["DatasetType"] == "derivative" and description["GeneratedBy"][0]["Name"] == "wmhlib"
+    mask = sidecar(out)
+    dataset, inside = re.fullmatch(r"bids:(\w+):(.+)", mask["Sources"][0]).groups()
+    assert (out / description["DatasetLinks"][dataset] / inside).resolve() == flair and mask["SpatialReference"] == mask["Sources"][0]
+    assert mask["Type"] == "Lesion" and {"threshold": 0.5, "min_voxels": 1, "tta": True, "unsure_above": 0.3}.items() <= mask["MadeWith"].items()
+    assert len(mask["MadeWith"]["weights_sha256"]) == len(mask["MadeWith"]["flair_sha256"]) == 64
+    assert str(tmp_path) not in json.dumps(mask) + json.dumps(description)
+
+
+@pytest.mark.parametrize("name, subject", [("scan_01 FLAIR.nii.gz", "sub-scan01"), ("patient 7/FLAIR.nii", "sub-patient7"),
+                                           ("0/pre/FLAIR.nii.gz", "sub-0"), ("Müller_flair_2.nii.gz", "sub-Mller2")])
+def test_a_name_that_is_not_bids_becomes_a_subject_of_its_letters_and_digits(name, subject):
+    flair = f"/data/{name}"
+    assert bids.name_scans(pd.DataFrame([{"flair": flair}]), {}) == {flair: subject}
+
+
+def test_a_listed_subject_and_session_name_the_results():
+    scans = pd.DataFrame([{"flair": "/data/x.nii.gz", "subject": "P-03", "session": "ses-2"}])
+    assert bids.name_scans(scans, {}) == {"/data/x.nii.gz": "sub-P03_ses-2"}
+
+
+def test_two_scans_of_one_name_do_not_overwrite_one_another(scan, tmp_path):
+    paths, out = [scan(f"{folder}/T 1.nii.gz") for folder in "ab"], tmp_path / "out"
+    first = run(Engine(), paths[::-1], out)
+    names = dict(zip(first.flair, first.scan))
+    assert names[str(paths[0])] == "sub-T1" and re.fullmatch("sub-T1[0-9a-f]{6}", names[str(paths[1])])
+    engine = Engine()
+    later = run(engine, [scan("A/t1.nii.gz"), *paths], out)
+    assert engine.seen == ["t1.nii.gz"] and later.scan.nunique() == 3 and {*later.scan} > {*first.scan}
+    assert len(list(out.glob("sub-*/anat/*_mask.nii.gz"))) == 3
+
+
+def test_a_bad_scan_is_reported_and_the_others_go_on(scan, tmp_path, capsys):
+    (tmp_path / "broken.nii.gz").write_bytes(b"not a scan")
+    paths = [tmp_path / "broken.nii.gz", scan("sub-01_FLAIR.nii.gz"), tmp_path / "absent.nii.gz", scan("sub-02_FLAIR.nii.gz")]
+    table = derivatives.predict_scans(Engine(), derivatives.find(paths), tmp_path / "out")
+    assert table.status.tolist() == ["failed", "done", "failed", "done"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and re.match(r"\[1/4\] sub-broken failed: .*broken.nii.gz", printed[0])
+    assert re.fullmatch(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s\)", printed[1]) and "does not exist" in printed[2]
+    written = pd.read_csv(tmp_path / "out" / derivatives.TABLE).set_index("scan")
+    assert written.volume_ml["sub-01"] == pytest.approx(0.054) and "absent.nii.gz" in written.reason["sub-absent"]
+    assert "absent.nii.gz does not exist" in (tmp_path / "out" / derivatives.INDEX).read_text()
+    assert not (tmp_path / "out" / "sub-broken").exists()
+
+
+def test_one_scan_that_breaks_the_network_does_not_stop_the_batch(scan, tmp_path, monkeypatch):
+    engine = Engine()
+    predict = engine.predict
+    monkeypatch.setattr(engine, "predict", lambda case: 1 / 0 if "sub-01" in case.volume.path.name else predict(case))
+    table = run(engine, [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz")], tmp_path / "out")
+    assert table.status.tolist() == ["failed", "done"] and table.reason[0].startswith("ZeroDivisionError")
+
+
+def test_not_one_scan_done_is_an_error_that_names_the_first(tmp_path):
+    with pytest.raises(InputError, match="none of 1 scans .*absent.nii.gz does not exist"):
+        run(Engine(), tmp_path / "absent.nii.gz", tmp_path / "out")
+    assert "absent.nii.gz" in (tmp_path / "out" / derivatives.INDEX).read_text()
+
+
+def test_a_run_again_skips_what_is_done_and_gives_the_same_table(scan, tmp_path, capsys):
+    paths, out = [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz")], tmp_path / "out"
+    first, second = run(Engine(), paths, out), Engine()
+    before = (out / derivatives.TABLE).read_bytes()
+    pd.testing.assert_frame_equal(derivatives.predict_scans(second, derivatives.find(paths), out), first)
+    assert not second.seen and capsys.readouterr().out.count("(done before)") == 2
+    assert (out / derivatives.TABLE).read_bytes() == before
+
+
+@pytest.mark.parametrize("other", [Engine(weight=1.0), Engine(threshold=0.95), Engine(min_mm3=3.0), Engine(unsure_above=0.1),
+                                   Engine(recipe="operating.views=4")], ids=["weights", "threshold", "size", "limit", "views"])
+def test_other_weights_or_another_point_make_it_again(scan, tmp_path, other):
+    flair, out = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"
+    run(Engine(), flair, out)
+    before = sidecar(out)["MadeWith"]
+    run(other, flair, out)
+    assert other.seen == ["sub-01_FLAIR.nii.gz"] and sidecar(out)["MadeWith"] != before
+
+
+def test_a_changed_input_or_a_damaged_result_is_made_again(scan, tmp_path):
+    flair, out, engine = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out", Engine()
+    run(engine, flair, out)
+    scan("sub-01_FLAIR.nii.gz", spacing=(1, 1, 2))
+    run(engine, flair, out)
+    for ending in ("mask.nii.gz", "probseg.nii.gz", "lesions.tsv", "mask.json"):
+        path = out / "sub-01" / "anat" / f"sub-01_space-FLAIR_label-WMH_{ending}"
+        path.write_bytes(path.read_bytes()[:-9])
+        run(engine, flair, out)
+    assert len(engine.seen) == 6 and sidecar(out)["Result"]["volume_ml"] == pytest.approx(0.036)
+
+
+def test_a_t1_counts_as_input_only_where_the_network_looks_at_it(scan, tmp_path):
+    flair, t1, out = scan("sub-01_FLAIR.nii.gz"), scan("T1.nii.gz"), tmp_path / "out"
+    scans = derivatives.find(flair, t1)
+    for engine, again in ((Engine(), 0), (Engine(recipe="inputs.modalities=['flair','t1']"), 1)):
+        derivatives.predict_scans(engine, scans, out, progress=False)
+        scan("T1.nii.gz", spacing=(1.0, 1.0, 3.0 + 1e-3 * (again + 1)))
+        derivatives.predict_scans(engine, scans, out, progress=False)
+        assert len(engine.seen) == 1 + again
+
+
+def test_an_interrupted_scan_is_not_taken_for_done(scan, tmp_path, monkeypatch):
+    flair, out = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"
+    run(Engine(), flair, out)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scanpages, "scan_page", stop)
+        run(Engine(weight=1.0), flair, out)
+    assert not list(out.rglob("*_mask.json")) and not [path for path in out.rglob(".*") if path.name != ".bidsignore"]
+    engine = Engine()
+    assert run(engine, flair, out).status.tolist() == ["done"] and engine.seen
+
+
+def test_an_interrupted_batch_leaves_table_and_index_of_what_is_done(scan, tmp_path, monkeypatch):
+    paths, out, engine = [scan(f"sub-0{i}_FLAIR.nii.gz") for i in (1, 2, 3)], tmp_path / "out", Engine()
+    run(Engine(), paths[2], out)
+    segment = engine.segment
+
+    def stop_at_the_second(prediction):
+        if len(engine.seen) == 2:
+            raise KeyboardInterrupt
+        return segment(prediction)
+
+    monkeypatch.setattr(engine, "segment", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, paths, out)
+    assert pd.read_csv(out / derivatives.TABLE).scan.tolist() == ["sub-01", "sub-03"]
+    assert "sub-01_space-FLAIR_label-WMH_report.html" in (out / derivatives.INDEX).read_text()
+
+
+def test_a_scan_without_its_content_says_how_to_get_it(scan, tmp_path):
+    link = tmp_path / "sub-01_FLAIR.nii.gz"
+    link.symlink_to(".git/annex/objects/gone")
+    table = run(Engine(), [link, scan("sub-02_FLAIR.nii.gz")], tmp_path / "out")
+    assert table.status.tolist() == ["failed", "done"] and "git annex get" in table.reason[0]
+
+
+def test_what_can_be_given_away_names_no_folder_above_the_results(scan, tmp_path):
+    out, t1 = tmp_path / "results" / "out", tmp_path / "no" / "t1.nii"
+    engine = Engine(recipe="inputs.modalities=['flair','t1']")
+    scans = derivatives.find([scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz"), tmp_path / "absent.nii.gz"])
+    table = derivatives.predict_scans(engine, scans.assign(t1=["", str(t1), ""]), out, progress=False)
+    assert str(t1) in table.reason[1]
+    for path in (out / derivatives.TABLE, out / derivatives.INDEX, *out.rglob("*_report.html")):
+        assert str(tmp_path) not in path.read_text(), path
+    written = pd.read_csv(out / derivatives.TABLE)
+    assert written.flair.tolist() == ["../../sub-01_FLAIR.nii.gz", "../../sub-02_FLAIR.nii.gz", "../../absent.nii.gz"]
+    assert "<code>../../sub-01_FLAIR.nii.gz</code>" in next(out.rglob("*_report.html")).read_text()
+    assert [case["case"] for case in derivatives.worth_a_look(written, out)] == ["sub-01"]
+
+
+def test_a_scan_whose_saving_fails_is_made_anew_and_the_reason_names_its_file_in_the_results(scan, tmp_path, monkeypatch):
+    paths, out = [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz")], tmp_path / "out"
+    run(Engine(), paths, out)
+
+    save = derivatives.save_like
+
+    def full(data, volume, path):
+        if "sub-01" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        save(data, volume, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(derivatives, "save_like", full)
+        assert run(Engine(weight=1.0), paths, out).status.tolist() == ["failed", "done"]
+    assert "No space left on device: 'sub-01/anat/" in pd.read_csv(out / derivatives.TABLE).reason[0]
+    engine = Engine()
+    assert run(engine, paths[0], out).status.tolist() == ["done"] and engine.seen
+
+
+@pytest.mark.parametrize(("point", "text"), [
+    (dict(min_voxels=3, min_mm3=3.0), "components below 3 voxels or 3 mm³ left out"), (dict(min_mm3=3.0), "components below 3 mm³ left out"),
+    (dict(min_voxels=2), "components below 2 voxels left out"), ({}, "components of every size kept")])
+def test_a_page_names_the_limits_of_size_that_there_are(scan, tmp_path, point, text):
+    run(Engine(**point), scan("sub-01_FLAIR.nii.gz"), tmp_path / "out")
+    assert f"{text}, mean over" in " ".join(next((tmp_path / "out").rglob("*_report.html")).read_text().split())
+
+
+def test_scans_and_results_moved_together_are_still_done(scan, tmp_path):
+    scan("here/sub-01_FLAIR.nii.gz")
+    run(Engine(), tmp_path / "here" / "sub-01_FLAIR.nii.gz", tmp_path / "here" / "out")
+    (tmp_path / "here").rename(tmp_path / "there")
+    engine = Engine()
+    table = run(engine, tmp_path / "there" / "sub-01_FLAIR.nii.gz", tmp_path / "there" / "out")
+    assert not engine.seen and table.scan.tolist() == ["sub-01"]
+
+
+def test_the_table_and_the_index_keep_the_scans_of_earlier_calls(scan, tmp_path):
+    out = tmp_path / "out"
+    run(Engine(), scan("sub-02_FLAIR.nii.gz"), out)
+    table = run(Engine(), scan("sub-01_FLAIR.nii.gz"), out)
+    assert table.scan.tolist() == ["sub-01"]
+    assert pd.read_csv(out / derivatives.TABLE).scan.tolist() == ["sub-01", "sub-02"]
+    assert "sub-02_space-FLAIR_label-WMH_report.html" in (out / derivatives.INDEX).read_text()
+
+
+def test_the_pages_stand_alone_and_their_links_lead_somewhere(scan, tmp_path):
+    out = tmp_path / "out"
+    run(Engine(unsure_above=0.0), [scan("sub-01/ses-1/anat/sub-01_ses-1_FLAIR.nii.gz"), scan("a <b>.nii.gz")], out)
+    for page in (out / derivatives.INDEX, *out.rglob("*_report.html")):
+        html = page.read_text()
+        assert html.index("default-src 'none'") < html.index("<style>")
+        assert not re.findall(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//|@import|url\(["\']?https?:', html) and "<b>." not in html
+        links = [link for link in re.findall(r'href="([^"]+)"', html) if not link.startswith(("data:", "#"))]
+        assert links and all((page.parent / link).exists() for link in links)
+    index = (out / derivatives.INDEX).read_text()
+    assert index.count("data:image/jpeg") == 2 and "2 of them unsure" in index
+
+
+def test_unsure_is_unknown_without_a_limit_and_else_above_it(scan, tmp_path):
+    flair = scan("sub-01_FLAIR.nii.gz")
+    unsure = [run(Engine(**point), flair, tmp_path / "out").unsure[0] for point in ({}, {"unsure_above": 0.0}, {"unsure_above": 9.0})]
+    assert pd.isna(unsure[0]) and unsure[1:] == [True, False]
+
+
+def test_unsure_scans_come_first_and_are_read_back_as_they_were_made(scan, tmp_path):
+    out = tmp_path / "out"
+    table = run(Engine(), [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz", spacing=(1, 1, 4)), scan("sub-03_FLAIR.nii.gz")], out)
+    table = table.assign(unsure=[False, False, True])
+    shown = list(derivatives.worth_a_look(table, out, 2))
+    assert [case["case"] for case in shown] == ["sub-03", "sub-02"]
+    assert shown[0]["result"].sum() == 18 and shown[0]["result"][LESION].all() and shown[0]["prob"].max() == pytest.approx(0.9)
+    assert shown[0]["entropy"].shape == shown[0]["flair"].shape
+
+
+def test_paths_are_found_alone_several_and_with_spaces(scan, monkeypatch, tmp_path):
+    one, two = scan("my scans/a b.nii.gz"), scan("c.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    assert derivatives.find(str(one)).flair.tolist() == [str(one)]
+    assert derivatives.find("my scans/a b.nii.gz").flair.tolist() == [str(one)]
+    assert derivatives.find("'my scans/a b.nii.gz' c.nii.gz").flair.tolist() == [str(one), str(two)]
+    assert derivatives.find([one, "c.nii.gz"]).flair.tolist() == [str(one), str(two)]
+    many = [f"{tmp_path}/{i:0100d}.nii.gz" for i in range(50)]
+    assert derivatives.find(" ".join(many)).flair.tolist() == many
+    assert derivatives.find("absent.nii.gz").flair.tolist() == [str(tmp_path / "absent.nii.gz")]
+
+
+def test_the_figure_shows_lesions_probability_and_entropy(scan, tmp_path):
+    case, = derivatives.worth_a_look(run(Engine(), scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"), tmp_path / "out")
+    titles = [text.get_text() for ax in OVERLAY(case).axes for text in ax.texts]
+    assert {"FLAIR", "lesions found", "probability", "entropy (bits)"} <= set(titles)
+
+
+@pytest.mark.parametrize("flair, message", [("", "no scan is named"), ("'a.nii", "quotes"), ("a.nii b.nii", "one T1")])
+def test_an_argument_that_names_no_scan_is_refused(flair, message):
+    with pytest.raises(InputError, match=message):
+        derivatives.find(flair, t1="t1.nii.gz")
+
+
+def test_a_bids_folder_is_predicted_and_its_derivatives_are_no_reference(scan, tiny_nifti, tmp_path):
+    study = tmp_path / "study"
+    for name in ("01", "02"):
+        scan(f"study/sub-{name}/anat/sub-{name}_FLAIR.nii.gz")
+    manual = tiny_nifti("study/derivatives/manual/sub-01/anat/sub-01_space-FLAIR_label-WMH_mask.nii.gz",
+                        data=np.zeros((24, 28, 10), np.uint8))
+    table = run(Engine(), str(study), study / "derivatives" / "predicted")
+    assert table.scan.tolist() == ["sub-01", "sub-02"] and (table.status == "done").all()
+    assert find_cases(study)["mask"].tolist() == [str(manual)]
+    assert derivatives.find(str(study)).flair.tolist() == table.flair.tolist()
+
+
+def test_another_dataset_is_not_written_into(scan, tmp_path):
+    flair, other = scan("study/sub-01/anat/sub-01_FLAIR.nii.gz"), tmp_path / "other" / "dataset_description.json"
+    other.parent.mkdir()
+    other.write_text('{"Name": "other"}')
+    with pytest.raises(InputError, match="another dataset"):
+        run(Engine(), flair, tmp_path / "other")
+    assert other.read_text() == '{"Name": "other"}' and len(list(other.parent.iterdir())) == 1
+
+
+def test_results_are_not_written_around_their_scans(scan, tmp_path):
+    flair = scan("study/sub-01/anat/sub-01_FLAIR.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "study")
+    for out in ("study", "link", "study/sub-01", "study/derivatives/.."):
+        with pytest.raises(InputError, match="holds the scan .*sub-01_FLAIR.nii.gz.*/derivatives/wmhlib"):
+            run(Engine(), flair, tmp_path / out)
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["sub-01"]
+
+
+def test_a_folder_for_results_may_begin_with_a_tilde(scan, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(Engine(), scan("sub-01_FLAIR.nii.gz"), "~/out")
+    assert (tmp_path / "out" / derivatives.INDEX).exists()
+
+
+def test_a_table_of_scans_is_predicted(scan, tmp_path):
+    scan("x.nii.gz")
+    (tmp_path / "scans.CSV").write_text("subject,site,flair,session\n007,A,x.nii.gz,1\n")
+    row = run(Engine(), tmp_path / "scans.CSV", tmp_path / "out").iloc[0]
+    assert (row.subject, row.session) == ("sub-007", "ses-1") and os.path.isabs(row.flair)

@@ -1,0 +1,73 @@
+"""The text of a report follows the recipe and the files, not a template of wishes."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+from wmhlib import methods
+from wmhlib.errors import MissingStepError
+from wmhlib.settings import preset
+from wmhlib.workspace import RunFolder, write_atomic, write_table
+
+POINT = dict(threshold=0.45, min_voxels=1, min_mm3=9.0, tta=True, dsc=0.7, se=None, n=1)
+COUNTS = dict(trainable=10, total=40, share_percent=25.0, trainable_mb_fp32=0.1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "run").open(preset("smoke"))
+    cases = pd.DataFrame({"case": list("abcd"), "site": ["Utrecht", "Utrecht", "Utrecht", "GE3T"], "flair": "f", "t1": "", "mask": "m", "origin": "real",
+                          "lesion_ml": [1.0, 2, 3, 40]})
+    write_table(cases, run.cohort_csv)
+    write_table(cases.assign(split=["train", "train", "val", "test"])[["case", "site", "lesion_ml", "split"]], run.split_csv)
+    write_table(pd.DataFrame({"epoch": [1, 2, 3], "val_dice": [0.1, 0.6, 0.5]}), run.history_csv)
+    write_atomic(run.operating_point, json.dumps(POINT))
+    return run
+
+
+def test_the_paragraph_tells_the_files_numbers(run):
+    text = methods.Story.of(run, run, COUNTS).paragraph()
+    for fact in ("2 training, 1 validation and 1 test cases", "GE3T 1, Utrecht 3", "10 of 40 parameters (25.0 %)", "3 epochs", "weights of epoch 2 were kept",
+                 "probability at least 0.45, components of at least 9 mm3, mean of two views", "random weights of seed 42", "rank 4 on attention", "rotated by up to 15 degrees", "flipped front-back", "2,000 resamples"):
+        assert fact in text, fact
+
+
+def test_the_paragraph_follows_the_recipe(run):
+    story = methods.Story.of(run, run, COUNTS)
+    other = dataclasses.replace(story, point=POINT | dict(min_voxels=3, min_mm3=0.0, tta=False), external=True, recipe=preset(
+        "colab", "inputs.modalities=['flair','t1'] inputs.context=2 skip=false encoder.checkpoint=/secret/place/medsam.pth")).paragraph()
+    for fact in ("FLAIR and T1 in axial slices with 2 neighbouring slices on each side", "weights medsam.pth", "at least 3 voxels, one view",
+                 "No scan of the evaluated data was used for training"):
+        assert fact in other, fact
+    assert "fed by a convolutional branch" not in other and "fed by a convolutional branch" in story.paragraph()
+    assert "/secret" not in other
+
+
+def test_the_card_names_data_and_recipe(run):
+    card = methods.Story.of(run, run, COUNTS).card()[""]
+    assert card["evaluated on"] == "1 real scans: GE3T 1" and card["validation Dice there"] == "0.700 (n = 1)"
+    assert card["lesion volume"] == "median 40.0 mL, 40.0 to 40.0" and "weights of epoch 2" in card["training"]
+
+
+def test_limits_say_what_the_cases_are(run):
+    story = methods.Story.of(run, run, COUNTS)
+    assert "synthetic" not in story.limits() and "1 case: intervals are wide" in story.limits() and "raters agree" in story.limits()
+    assert "in training too" not in story.limits(), "GE3T was not trained on"
+    assert "in training too" in dataclasses.replace(story, evaluated=story.trained_on[:1]).limits()
+    synthetic = dataclasses.replace(story, source="synthetic cases")
+    assert "was chosen on them" in synthetic.limits()
+    of_synthetic = dataclasses.replace(synthetic, data="synthetic cases").limits()
+    assert "The cases are synthetic" in of_synthetic and "raters agree" not in of_synthetic
+    many = dataclasses.replace(story, evaluated=pd.concat([story.evaluated] * 40), external=True).limits()
+    assert "intervals are wide" not in many and "chosen on 1 validation cases of Utrecht" in many
+    folds = dataclasses.replace(story, recipe=preset("smoke", "split.protocol=k-fold split.fold=2"))
+    assert "One of 5 folds" in folds.limits() and folds.card()[""]["split"].startswith("k-fold (fold 2 of 5, from 0)")
+    assert "no medical device" in story.limits()
+
+
+def test_a_story_without_search_names_the_notebook(run):
+    run.operating_point.unlink()
+    with pytest.raises(MissingStepError, match="04_search"):
+        methods.Story.of(run, run, COUNTS)

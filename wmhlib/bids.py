@@ -1,0 +1,137 @@
+"""Names and places of results in a BIDS derivatives dataset, and the files that describe the dataset.
+
+After the BIDS specification 1.10, https://bids-specification.readthedocs.io (derivatives: common data types, imaging).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from . import __version__
+from .errors import InputError
+from .layouts import stem
+from .workspace import write_atomic
+
+_DESCRIPTION = "dataset_description.json"
+_NAME = "space-FLAIR_label-WMH"
+# An entropy is no probability of a segmentation, and BIDS has no suffix for it; stat-<label>_statmap is that of BIDS Stats Models.
+_ENDINGS = {"mask": "mask.nii.gz", "probability": "probseg.nii.gz", "entropy": "stat-entropy_statmap.nii.gz",
+            "lesions": "lesions.tsv", "thumbnail": "thumbnail.jpg", "page": "report.html"}
+_NOT_BIDS = "*_lesions.*\n*_statmap.*\n*_thumbnail.jpg\n*.html\n/*.csv\n"
+_FLAIR = re.compile(r"(sub-[A-Za-z0-9+]+)(_ses-[A-Za-z0-9+]+)?((?:_[a-z]+-[A-Za-z0-9+]+)*)_FLAIR")
+_OWN_ENTITIES = re.compile(r"_(?:space|res|den|label|desc|stat)-[A-Za-z0-9+]+")  # results have their own
+_NO_SUBJECT = ("", "pre", "orig", "anat")
+_LESION_COLUMNS = {
+    "lesion": ("", "26-connected component of the mask, largest first"), "voxels": ("", "voxels"),
+    "volume_mm3": ("mm^3", "volume"), "volume_ml": ("mL", "volume"), "x_mm": ("mm", "centroid, to the patient's right (RAS)"),
+    "y_mm": ("mm", "centroid, to anterior"), "z_mm": ("mm", "centroid, to superior"),
+    "mean_prob": ("", "mean probability over its voxels"), "max_prob": ("", "highest probability")}
+_README = """White matter hyperintensities found by wmhlib: mask, probability, entropy (bits) on each FLAIR's own grid, a table of
+lesions and a page to look at. wmh_volumes.csv has a row for each scan, index.html shows them all. The JSON sidecar of a
+mask says what it was made of and with. For research; not made by a medical device.
+"""
+
+
+def paths(out: Path, name: str) -> dict[str, Path]:
+    """Where the results of the scan `name` (sub-01_ses-02_run-1) lie below `out`: mask, probability, entropy (NIfTI),
+    lesions (TSV), thumbnail (JPEG) and page (HTML)."""
+    session = re.search(r"_(ses-[^_]+)", name)
+    folder = out / name.split("_")[0] / (session[1] if session else "") / "anat"
+    return {key: folder / f"{name}_{_NAME}_{ending}" for key, ending in _ENDINGS.items()}
+
+
+def sidecar(image: Path) -> Path:
+    """The JSON file that describes a NIfTI file."""
+    return image.with_name(image.name.removesuffix(".nii.gz") + ".json")
+
+
+def read_sidecars(out: Path) -> dict[str, dict]:
+    """The sidecar of every mask below `out`, by the scan's name; one that is no JSON object is passed over."""
+    found = {}
+    for path in sorted(out.glob(f"sub-*/**/anat/sub-*_{_NAME}_mask.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found[path.name.split(f"_{_NAME}")[0]] = content
+    return found
+
+
+def name_scans(scans: pd.DataFrame, taken: dict[str, str]) -> dict[str, str]:
+    """The name of the results of each FLAIR of `scans` (columns flair, and subject, session where known).
+
+    A file named as BIDS names it keeps its entities; another gets the subject it is listed with, else the letters and
+    digits of its file name, else of the nearest folder. `taken` (name -> FLAIR) are results that exist. A FLAIR keeps its
+    name; of several that would have one name (case aside, as some disks see it) the first by path gets it, and to the
+    subject of the others six digits of their path's sha256 are added.
+    """
+    names = {flair: name for name, flair in taken.items()}
+    owners = {name.lower(): flair for name, flair in taken.items() if os.path.exists(flair)}
+    for scan in scans.fillna("").sort_values("flair").to_dict("records"):
+        flair = scan["flair"]
+        if flair not in names:
+            subject, rest = _entities(scan)
+            if f"{subject}{rest}".lower() in owners:
+                subject += hashlib.sha256(flair.encode()).hexdigest()[:6]
+            names[flair] = subject + rest
+        owners[names[flair].lower()] = flair
+    return {flair: names[flair] for flair in scans["flair"]}
+
+
+def sources(flairs: list[str]) -> dict[Path, str]:
+    """The datasets (or plain folders) that FLAIR files lie in, each with the name its BIDS URIs begin with."""
+    roots = sorted({_root(Path(flair)) for flair in flairs})
+    return {root: _plain(root.name) + hashlib.sha256(str(root).encode()).hexdigest()[:6] for root in roots}
+
+
+def uri(flair: str, links: dict[Path, str]) -> str:
+    """The BIDS URI of a FLAIR file in one of the datasets of `sources`."""
+    root = _root(Path(flair))
+    return f"bids:{links[root]}:{Path(flair).relative_to(root).as_posix()}"
+
+
+def write_dataset(out: Path, links: dict[Path, str]) -> None:
+    """The files at the top of the dataset: description, README, the columns of the lesion tables, what is not BIDS.
+
+    Raises InputError, and writes nothing, where `out` is a dataset that something else made.
+    """
+    if (out / _DESCRIPTION).exists() and '"Name": "wmhlib"' not in (out / _DESCRIPTION).read_text():
+        raise InputError(f"{out} holds another dataset ({_DESCRIPTION} is not of wmhlib): choose another folder for the results")
+    places = {name: Path(os.path.relpath(root, out)).as_posix() for root, name in links.items()}
+    description = {
+        "Name": "White matter hyperintensities", "BIDSVersion": "1.10.0", "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "wmhlib", "Version": __version__, "CodeURL": "https://github.com/wmh-lora/wmh-lora"}],
+        "SourceDatasets": [{"URL": place} for place in places.values()], "DatasetLinks": places}
+    columns = {name: {"Description": text} | ({"Units": unit} if unit else {}) for name, (unit, text) in _LESION_COLUMNS.items()}
+    for name, content in {_DESCRIPTION: json.dumps(description, indent=2) + "\n", "README": _README,
+                          f"{_NAME}_lesions.json": json.dumps(columns, indent=2) + "\n", ".bidsignore": _NOT_BIDS}.items():
+        write_atomic(out / name, content)
+
+
+def _entities(scan: dict) -> tuple[str, str]:
+    """Subject (sub-01) and further entities (_ses-02_run-1) of the results of a scan."""
+    path = Path(scan["flair"])
+    if bids := _FLAIR.fullmatch(stem(path)):
+        return bids[1], (bids[2] or "") + _OWN_ENTITIES.sub("", bids[3])
+    subject, session = (str(scan.get(key, "")).removeprefix(key[:3] + "-") for key in ("subject", "session"))
+    parts = [re.split(r"[^A-Za-z0-9]+", part) for part in (subject, stem(path), *reversed(path.parent.parts))]
+    labels = ["".join(word for word in words if word.lower() != "flair") for words in parts]
+    subject, session = next((label for label in labels if label.lower() not in _NO_SUBJECT), "scan"), _plain(session)
+    return f"sub-{subject}", f"_ses-{session}" if session else ""
+
+
+def _plain(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]", "", text)
+
+
+def _root(flair: Path) -> Path:
+    described = [folder for folder in flair.parents if (folder / _DESCRIPTION).exists()]
+    above = [folder.parent for folder in flair.parents if folder.name.startswith("sub-")]
+    return (described or above[-1:] or [flair.parent])[0]

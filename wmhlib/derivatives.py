@@ -1,0 +1,236 @@
+"""Segments one scan or many, and leaves them as a BIDS derivatives dataset with one table and a page to look at each.
+
+A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
+the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other
+weights or at another operating point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import torch
+
+from . import __version__, bids, cohort, scanpages
+from .errors import InputError, WMHError
+from .layouts import stem
+from .metrics import lesion_table, volume_ml
+from .uncertainty import case_uncertainty, entropy
+from .volumes import Volume, load_case, load_mask, load_volume, need_file, save_like
+from .workspace import natural, sha256, write_atomic, write_table
+
+TABLE, INDEX = "wmh_volumes.csv", "index.html"
+COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
+           "min_mm3", "tta", "status", "reason", "page"]
+_POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")
+_DESCRIPTIONS = {
+    "mask": "White matter hyperintensity: 1 where the probability reaches the threshold, small components left out",
+    "probability": "Probability of white matter hyperintensity, 0 to 1",
+    "entropy": "Binary entropy, 0 to 1 bit, of the mean probability over the views of test-time augmentation: where the model "
+               "is unsure"}
+
+
+def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
+    """The scans that an argument names: a file, a folder (any layout of `cohort.find_scans`), a CSV table, or several.
+
+    A string that is no existing path is split as a shell would, so a path with spaces stands in quotes when it is one of
+    several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR.
+    Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, or a T1
+    with more than one FLAIR.
+    """
+    columns = ["case", "subject", "session", "site", "flair", "t1"]
+    tables = [pd.DataFrame(columns=columns)]
+    for item in _paths(flair):
+        if item.is_dir() or item.suffix.lower() in (".csv", ".tsv"):
+            tables.append(cohort.find_scans(item)[columns])
+        else:
+            tables.append(pd.DataFrame([[stem(item), "", "", "", str(item.absolute()), ""]], columns=columns))
+    scans = pd.concat(tables, ignore_index=True)
+    if scans.empty:
+        raise InputError("no scan is named: give a FLAIR file, several, a folder or a CSV table")
+    if t1 and len(scans) > 1:
+        raise InputError(f"one T1 ({t1}) is given for {len(scans)} FLAIR: list them in a CSV table with subject, flair, t1")
+    return scans.assign(t1=str(Path(t1).expanduser().absolute())) if t1 else scans
+
+
+def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True) -> pd.DataFrame:
+    """Segments `scans` (columns flair, and t1, subject, session where known) with `engine`, one at a time, into `out`.
+
+    Results are named by `bids.name_scans`. Those made before of the same files, with the same weights and at the same
+    point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
+    that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason;
+    `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,
+    paths relative to `out`; after an interruption too.
+    Raises InputError if there is no scan, not one could be segmented, or `out` holds another dataset or one of the scans.
+    """
+    if scans.empty:
+        raise InputError("no scan is given: expected one FLAIR or more")
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    scans = scans.assign(flair=[os.path.abspath(path) for path in scans["flair"]]).drop_duplicates("flair").fillna("")
+    for flair in map(Path, scans["flair"]):
+        if out in flair.parents or Path(os.path.realpath(out)) in Path(os.path.realpath(flair)).parents:
+            raise InputError(f"{out} holds the scan {flair}, which would count as a result from then on: choose a folder for the "
+                             f"results alone, such as {out / 'derivatives' / 'wmhlib'}")
+    before = _done_before(out)
+    names = bids.name_scans(scans, {name: sidecar["FLAIR"] for name, sidecar in before.items()})
+    links = bids.sources([*names, *(sidecar["FLAIR"] for sidecar in before.values())])
+    bids.write_dataset(out, links)
+    made_with, rows = _made_with(engine), []
+    try:
+        for number, scan in enumerate(scans.to_dict("records"), 1):
+            name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
+            try:
+                made_of, sidecar = _made_of(scan, engine) | made_with, before.get(name)
+                if not _is_done(out, name, sidecar, scan["flair"], made_of):
+                    sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
+                    spent = f"{time.monotonic() - start:.0f} s"
+                rows.append(_row(name, sidecar))
+            except Exception as error:  # whatever is wrong with one scan, the others go on
+                reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
+                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, reason) | {"t1": scan.get("t1")})
+            if progress:
+                print(f"[{number}/{len(scans)}] {_line(rows[-1], spent)}", flush=True)
+    finally:
+        _write_overview(rows, out)
+    table = _table(rows)
+    if (table["status"] == "failed").all():
+        raise InputError(f"none of {len(table)} scans could be segmented; the first: {table['reason'][0]}")
+    return table
+
+
+def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[dict]:
+    """The first `n` scans done in `table`, unsure ones before others and then by volume, read back from `out`.
+
+    What `scanpages.overlay` and `viewer.viewer` show: case, site (here the volume), affine, spacing, flair and, on its
+    grid (H x W x D), result (bool), prob and entropy (float32, 0-1).
+    """
+    out, done = Path(out).expanduser(), table[table["status"] == "done"]
+    order = done.assign(unsure=done["unsure"].fillna(False)).sort_values(["unsure", "volume_ml"], ascending=False)
+    for row in order.head(n).to_dict("records"):
+        paths, scan = bids.paths(out, row["scan"]), load_volume(out / row["flair"])
+        maps = (np.asarray(nibabel.load(paths[key]).dataobj, np.float32) for key in ("probability", "entropy"))
+        yield _shown(row["scan"], scan, load_mask(paths["mask"], scan) == 1, *maps)
+
+
+def _paths(flair: str | Path | list) -> list[Path]:
+    items = flair if isinstance(flair, (list, tuple)) else [flair]
+    if isinstance(flair, str) and not os.path.exists(os.path.expanduser(flair)):
+        try:
+            items = shlex.split(flair)
+        except ValueError as error:
+            raise InputError(f"{flair} cannot be split into paths ({error}): put a path with spaces in quotes") from None
+    return [Path(item).expanduser() for item in items if str(item)]
+
+
+def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: str) -> dict:
+    """Writes the results of one scan, the mask's sidecar last, and returns that sidecar."""
+    prediction = engine.predict(load_case(scan["flair"], scan.get("t1"), inputs=engine.recipe.inputs))
+    volume, mask = prediction.case.volume, engine.segment(prediction)
+    prob = prediction.prob_tta if engine.point["tta"] else prediction.prob
+    maps = {"mask": mask.astype(np.uint8), "probability": prob, "entropy": np.float32(entropy(prediction.prob_tta))}
+    lesions = lesion_table(mask, prob, volume.affine)
+    lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])
+    uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
+    result = {"volume_ml": volume_ml(mask, volume.spacing), "lesions": len(lesions), "uncertainty": uncertainty,
+              "unsure": None if limit is None else uncertainty > limit}
+    about = {key: {"Description": _DESCRIPTIONS[key], "Sources": [source], "SpatialReference": source} for key in maps}
+    about["mask"] |= {"Type": "Lesion", "Manual": False, "FLAIR": scan["flair"], "MadeWith": made_with, "Result": result}
+    shown = _shown(name, volume, mask, prob, maps["entropy"])
+    paths = bids.paths(out, name)
+    commit = bids.sidecar(paths["mask"])
+    commit.unlink(missing_ok=True)
+    for key, data in maps.items():
+        save_like(data, volume, paths[key])
+    for key in ("probability", "entropy"):
+        write_atomic(bids.sidecar(paths[key]), json.dumps(about[key], indent=2) + "\n")
+    write_atomic(paths["lesions"], lesions.to_csv(sep="\t", index=False, float_format="%.6g", na_rep="n/a", lineterminator="\n"))
+    write_atomic(paths["thumbnail"], scanpages.thumbnail(shown))
+    row = _relative(_row(name, about["mask"]), out)
+    write_atomic(paths["page"], scanpages.scan_page(shown, row, lesions, paths, out / INDEX))
+    about["mask"]["Files"] = {path.name: sha256(path) for path in paths.values()}
+    relative = {"FLAIR": os.path.relpath(scan["flair"], commit.parent)}  # so that scans and results can move together
+    write_atomic(commit, json.dumps(about["mask"] | relative, indent=2) + "\n")
+    return about["mask"]
+
+
+def _shown(name: str, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure: np.ndarray) -> dict:
+    return {"case": name, "site": f"{volume_ml(mask, volume.spacing):.1f} mL", "affine": volume.affine, "spacing": volume.spacing,
+            "flair": volume.data, "result": mask, "prob": prob, "entropy": unsure}
+
+
+def _row(name: str, sidecar: dict, failure: str = "") -> dict:
+    """The row of one scan in the table, as its sidecar tells it."""
+    subject, *others = name.split("_")
+    point = {key: sidecar["MadeWith"].get(key) for key in _POINT[:4]}
+    return {"scan": name, "subject": subject, "session": next((part for part in others if part.startswith("ses-")), ""),
+            "flair": sidecar["FLAIR"], **sidecar.get("Result", {}), **point, "status": "failed" if failure else "done",
+            "reason": failure, "page": "" if failure else bids.paths(Path(), name)["page"].as_posix()}
+
+
+def _table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"lesions": "Int64", "unsure": "boolean"})
+
+
+def _relative(row: dict, out: Path) -> dict:
+    """The row without absolute paths, as it can be given away: those of the scan relative to `out`, also in the reason."""
+    paths = {path: Path(os.path.relpath(path, out)).as_posix() for path in (row["flair"], row.get("t1")) if path}
+    reason = row["reason"]
+    for path, relative in (paths | {f"{out}{os.sep}": ""}).items():
+        reason = reason.replace(path, relative)
+    return row | {"flair": paths[row["flair"]], "reason": reason}
+
+
+def _write_overview(rows: list[dict], out: Path) -> None:
+    """Table and index of `rows` and of everything else that is done in `out`."""
+    new = {row["scan"] for row in rows}
+    earlier = [_row(name, sidecar) for name, sidecar in _done_before(out).items() if name not in new]
+    table = _table([_relative(row, out) for row in sorted([*rows, *earlier], key=lambda row: natural(row["scan"]))])
+    write_table(table, out / TABLE)
+    write_atomic(out / INDEX, scanpages.index_page(table, out))
+
+
+def _line(row: dict, spent: str) -> str:
+    if row["status"] == "failed":
+        return f"{row['scan']} failed: {row['reason']}"
+    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesions{', unsure' * bool(row['unsure'])} ({spent})"
+
+
+def _made_with(engine) -> dict:
+    """Version, weights, canvas and operating point of an engine; results made with the same ones are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(engine.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return {"version": __version__, "weights_sha256": digest.hexdigest(), "img_size": engine.img_size,
+            "views": engine.recipe.operating.views, **{key: engine.point.get(key) for key in _POINT}}
+
+
+def _made_of(scan: dict, engine) -> dict:
+    """The sha256 of a scan's files, T1 only where the network has an input for it. Raises InputError where one is missing."""
+    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities else ""}
+    for path in filter(None, paths.values()):
+        need_file(path)
+    return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}
+
+
+def _is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict) -> bool:
+    folder = bids.paths(out, name)["mask"].parent
+    return (sidecar is not None and sidecar["FLAIR"] == flair and sidecar["MadeWith"] == made_with
+            and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
+
+
+def _done_before(out: Path) -> dict[str, dict]:
+    """The sidecars of what was made before, by the scan's name, their FLAIR as an absolute path."""
+    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items()
+                if {"FLAIR", "MadeWith", "Result", "Files"} <= set(sidecar)}
+    return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name)["mask"].parent / sidecar["FLAIR"])}
+            for name, sidecar in complete.items()}

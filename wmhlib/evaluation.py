@@ -1,0 +1,225 @@
+"""The evaluation of a run: predicted cases are read once, one at a time, and leave every table that a report is made of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+
+from .agreement import BINS
+from .errors import InputError, WMHError
+from .metrics import challenge_scores, filter_components, label_components, reference_parts, smallest, volume_ml
+from .settings import Operating
+from .slices import head_box, height_mm, to_display
+from .uncertainty import case_uncertainty, entropy, mean_entropy
+from .volumes import load_mask, load_volume, save_like
+from .workspace import RunFolder, write_table
+
+SYSTEMS = ("operating point", "recipe's point", "network at 0.5", "FLAIR z-score")
+TABLES = {
+    "metrics": ("case", "site", "system", "dsc", "hd95", "avd", "recall", "f1", "reference_ml", "result_ml"),
+    "lesions": ("case", "site", "kind", "voxels", "volume_mm3", "hit", "zone"),
+    "zones": ("case", "site", "zone", "dsc", "reference_ml", "result_ml"),
+    "calibration": ("case", "site", "bin", "voxels", "probability", "lesion", "squared"),
+    "uncertainty": ("case", "site", "dsc", "entropy", "uncertainty", "unsure"),
+}
+PERIVENTRICULAR_MM = 10.0
+_POINT = ("threshold", "min_voxels", "tta", "zscore_threshold", "unsure_above", "poor_below")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluated cases leave: the tables of `TABLES`, and of each case its `gallery_row`.
+
+    metrics: a row per case and system, the challenge's five scores and both volumes (other pathology in neither).
+    lesions: a row per 26-connected component of the reference (`kind` "reference") and of the result at the operating
+    point ("result"); `hit`: the other touches it; `zone`: "periventricular" if a voxel of it is, else "deep", "" without
+    ventricles. zones: a row per case with ventricles and zone, voxels apart by the 10 mm rule. calibration: a row per case
+    and bin of the probability that the operating point thresholds, over the voxels of `inner`, reference lesions and
+    probabilities from 0.01, without other pathology: `voxels`, sums of `probability`, `lesion` and `squared` error.
+    uncertainty: a row per case, Dice at the operating point and how unsure the network was (`uncertainty.case_uncertainty`).
+    """
+
+    metrics: pd.DataFrame
+    lesions: pd.DataFrame
+    zones: pd.DataFrame
+    calibration: pd.DataFrame
+    uncertainty: pd.DataFrame
+    gallery: list[dict]
+
+    @property
+    def own(self) -> pd.DataFrame:
+        """The metrics of the operating point alone."""
+        return self.metrics[self.metrics.system == SYSTEMS[0]]
+
+    def write(self, run: RunFolder) -> None:
+        """Each table as <name>.csv in the run folder."""
+        for name in TABLES:
+            write_table(getattr(self, name), run.path / f"{name}.csv")
+
+
+def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evaluation:
+    """Scores predicted cases, which are read one at a time, under four systems (`system_masks`).
+
+    A case is a dict with `case`, `site`, `spacing` (mm), `affine` and, H x W x D on the scan's grid, `flair`, `flair_z`,
+    `inner`, `reference` (0, 1, 2), `prob`, `prob_tta` (0-1) and `ventricles` (bool, or None). `point` is the operating
+    point of 04_search, `operating` the recipe's own. Raises InputError for a point without one of its values, and where there
+    is no case.
+    """
+    missing = [name for name in _POINT if name not in point]
+    if missing:
+        raise InputError(f"the operating point has no {', '.join(missing)}: run notebook 04_search again")
+    rows, gallery = {name: [] for name in TABLES}, []
+    for case in cases:
+        who = dict(case=case["case"], site=case["site"])
+        masks, ignored = system_masks(case, point, operating), reference_parts(case["reference"])[1]
+        scores = {system: challenge_scores(case["reference"], mask, case["spacing"]) for system, mask in masks.items()}
+        reference_ml = volume_ml(case["reference"], case["spacing"])
+        own, dsc = masks[SYSTEMS[0]], scores[SYSTEMS[0]]["dsc"]
+        near = periventricular(case.get("ventricles"), case["spacing"])
+        unsure = case_uncertainty(case["prob"], case["prob_tta"])
+        found = dict(
+            metrics=[dict(system=system, **scores[system], reference_ml=reference_ml,
+                          result_ml=volume_ml(mask & ~ignored, case["spacing"])) for system, mask in masks.items()],
+            lesions=_lesions(case, own, near), zones=_zones(case, own, near),
+            calibration=_calibration(case, case["prob_tta"] if point["tta"] else case["prob"]),
+            uncertainty=[dict(dsc=dsc, entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
+                              unsure=unsure > point["unsure_above"])])
+        for name, some in found.items():
+            rows[name] += [who | row for row in some]
+        result_ml = found["metrics"][0]["result_ml"]
+        gallery.append(gallery_row(case, own, dsc) | dict(reference_ml=reference_ml, result_ml=result_ml))
+    if not gallery:
+        raise InputError("no case to evaluate: expected at least one with a reference mask")
+    return Evaluation(**{name: pd.DataFrame(rows[name], columns=TABLES[name]) for name in TABLES}, gallery=gallery)
+
+
+def system_masks(case: dict, point: dict, operating: Operating) -> dict[str, np.ndarray]:
+    """The boolean masks of the four systems on one case: the network at the operating point `point` (`threshold`,
+    `min_voxels`, `tta`, `min_mm3` if any) and at the recipe's own, at 0.5 with one view and no filter, and `flair_z` above
+    `point["zscore_threshold"]` within `inner`."""
+    own = dict(threshold=operating.threshold, min_voxels=operating.min_voxels, tta=operating.tta)
+    masks = (_mask_at(case, point), _mask_at(case, own), case["prob"] >= 0.5,
+             (case["flair_z"] > point["zscore_threshold"]) & case["inner"])
+    return dict(zip(SYSTEMS, masks))
+
+
+def _mask_at(case: dict, point: dict) -> np.ndarray:
+    prob = case["prob_tta"] if point["tta"] else case["prob"]
+    return filter_components(prob >= point["threshold"], smallest(point, case["spacing"]))
+
+
+def periventricular(ventricles: np.ndarray | None, spacing) -> np.ndarray | None:
+    """Where a voxel's centre lies within 10 mm of one of the ventricles' (bool, H x W x D; `spacing` in mm): the usual rule,
+    after DeCarli et al. 2005 (doi 10.1161/01.STR.0000150668.58689.f2), who find no natural border between the zones. None
+    without ventricles or where their mask is empty."""
+    if ventricles is None or not ventricles.any():
+        return None
+    return ndimage.distance_transform_edt(~ventricles, sampling=spacing) <= PERIVENTRICULAR_MM
+
+
+def _lesions(case: dict, mask: np.ndarray, near: np.ndarray | None) -> list[dict]:
+    lesion, ignored = reference_parts(case["reference"])
+    mask, rows = mask & ~ignored, []
+    for kind, one, other in (("reference", lesion, mask), ("result", mask, lesion)):
+        labels, count = label_components(one)
+        sizes, touched = (np.bincount(labels[where], minlength=count + 1)[1:] for where in (one, one & other))
+        if near is None:
+            zones = [""] * count
+        else:
+            zones = np.where(np.bincount(labels[one & near], minlength=count + 1)[1:] > 0, "periventricular", "deep")
+        rows += [dict(kind=kind, voxels=int(n), volume_mm3=n * float(np.prod(case["spacing"])), hit=bool(hit), zone=str(zone))
+                 for n, hit, zone in zip(sizes, touched, zones)]
+    return rows
+
+
+def _zones(case: dict, mask: np.ndarray, near: np.ndarray | None) -> list[dict]:
+    if near is None:
+        return []
+    lesion, ignored = reference_parts(case["reference"])
+    rows = []
+    for zone, where in (("periventricular", near), ("deep", ~near)):
+        reference, result = lesion & where, mask & ~ignored & where
+        total = int(reference.sum()) + int(result.sum())
+        rows.append(dict(zone=zone, dsc=2 * int((reference & result).sum()) / total if total else np.nan,
+                         reference_ml=volume_ml(reference, case["spacing"]), result_ml=volume_ml(result, case["spacing"])))
+    return rows
+
+
+def _calibration(case: dict, prob: np.ndarray) -> list[dict]:
+    lesion, ignored = reference_parts(case["reference"])
+    where = (case["inner"] | lesion | (prob >= 0.01)) & ~ignored
+    p, y = prob[where].astype(float), lesion[where]
+    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    voxels, *sums = (np.bincount(bins, weights, BINS) for weights in (None, p, y, (p - y) ** 2))
+    return [dict(bin=b, voxels=int(n), probability=q, lesion=int(k), squared=s) for b, (n, q, k, s) in enumerate(zip(voxels, *sums))]
+
+
+def save_masks(cases: Iterable[dict], point: dict, folder: str | Path) -> Iterator[dict]:
+    """The cases, each passed on once its mask at the operating point lies in `folder` as <case>_wmh.nii.gz: uint8, with
+    the affine and header of its `volume`. At the end masks of other cases, left by an earlier evaluation, are removed."""
+    kept = set()
+    for case in cases:
+        kept.add(_result(folder, case["case"]))
+        save_like(_mask_at(case, point).astype(np.uint8), case["volume"], _result(folder, case["case"]))
+        yield case
+    for old in set(Path(folder).glob(_result("", "*").name)) - kept:
+        old.unlink()
+
+
+def _result(folder: str | Path, case: str) -> Path:
+    return Path(folder, f"{case}_wmh.nii.gz")
+
+
+def result_files(run: RunFolder, gallery: list[dict]) -> pd.DataFrame:
+    """The files of the gallery's cases, for `viewer.case_files`: case, site, dsc and the paths flair, mask, result."""
+    cases = run.cases().set_index("case")
+    return pd.DataFrame([{"case": row["case"], "site": row["site"], "dsc": row["dsc"], **cases.loc[row["case"], ["flair", "mask"]],
+                          "result": _result(run.predictions, row["case"])} for row in gallery])
+
+
+def score_files(flair: str | Path, reference: str | Path, result: str | Path) -> dict[str, float]:
+    """The challenge's five scores and both volumes (mL) of a mask file against its reference, both on the grid of `flair`."""
+    scan = load_volume(flair)
+    reference, result = load_mask(reference, scan), load_mask(result, scan)
+    return challenge_scores(reference, result == 1, scan.spacing) | {
+        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result, scan.spacing)}
+
+
+def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
+    """The slice of a case with most lesion, of reference or result, cropped to the head: `case`, `site`, `dsc`, 2-D `flair`,
+    `reference`, `result` and `entropy` (bits, of `prob_tta`) as shown, `spacing` (mm, rows and columns), `z_mm`. Small, so that one
+    can be kept of every case."""
+    (flair, reference, result, prob), spacing = to_display(case["affine"], case["flair"], case["reference"], result, case["prob_tta"])
+    z = _fullest(reference_parts(reference)[0] | result)
+    box = head_box(flair[..., z])
+    flair, reference, result, prob = (volume[..., z][box].copy() for volume in (flair, reference, result, prob))
+    return dict(case=case["case"], site=case["site"], dsc=float(dsc), flair=flair, reference=reference, result=result, entropy=entropy(prob),
+                spacing=tuple(spacing[:2]), z_mm=height_mm(case["affine"], case["flair"].shape, z))
+
+
+def best_median_worst(gallery: list[dict]) -> list[dict]:
+    """Three of the gallery's rows by Dice, each with its `rank`; fewer where fewer cases have a Dice, of all where none has."""
+    order = sorted([row for row in gallery if np.isfinite(row["dsc"])] or gallery, key=lambda row: (-row["dsc"], row["case"]))
+    places = {len(order) // 2: "median", len(order) - 1: "worst", 0: "best"}
+    return [order[i] | dict(rank=places[i]) for i in sorted(places) if order]
+
+
+def _fullest(mask: np.ndarray) -> int:
+    """The slice with most of the mask; the middle one where it is empty."""
+    area = mask.sum((0, 1))
+    return int(area.argmax()) if area.any() else mask.shape[2] // 2
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m wmhlib.evaluation FLAIR REFERENCE RESULT")
+    try:
+        print("  ".join(f"{name} {value:.3f}" for name, value in score_files(*sys.argv[1:]).items()))
+    except WMHError as error:
+        sys.exit(f"error: {error}")

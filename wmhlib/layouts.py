@@ -1,0 +1,250 @@
+"""The layouts scans may lie in: the WMH Challenge and its Kaggle mirror, BIDS, a CSV table, a plain folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from .errors import InputError
+
+TABLE = "cases.csv"  # a folder that holds a table of this name is read through it
+_SUFFIXES = (".nii", ".nii.gz")
+_NO_DATA = ("sourcedata", "code")  # folders of a BIDS dataset that hold no scan of it
+_GROUPS = {"": "", "train": "training", "training": "training", "test": "test"}
+_CHALLENGE = {"FLAIR": "flair", "T1": "t1", "wmh": "mask", "ventricles": "ventricles"}
+_LESIONS = ("wmh", "wml", "lesion", "lesions", "l")  # BIDS label entities, lower case
+_VENTRICLES = ("ventricle", "ventricles", "csfventricles", "ventriclescsf")
+_NO_SCAN = {"t1", "t1w", "mask", "brainmask", "seg", "dseg", "label", "prob", "probseg", "wmh", "wml", "lesion", "lesions",
+            "ventricle", "ventricles", "spread"}
+
+
+def candidates(place: str | Path, labelled: bool) -> list[dict]:
+    """The scans at `place`, one dict each: case, subject, session, site, group ("training", "test" or ""), and for each of
+    flair, t1, mask and ventricles the list of files that may be it (absolute paths; one is expected, none is possible).
+
+    `place` is a folder in the challenge's layout or BIDS (or both), any other folder of NIfTI files with FLAIR in their
+    names, one NIfTI file, a table, or a folder with a `cases.csv`. A table has the columns subject, site, flair, mask, t1,
+    and if wanted session, ventricles, group; its paths are absolute or start at its folder. Where the scans need not be
+    `labelled`, masks are not looked at, and a table needs subject and flair alone: its files may be missing, an empty site
+    is the folder's name and an empty subject the file's, and rows that cannot be used are left out and named.
+    Hidden folders, `sourcedata` and `code` are passed over, and so is what this library wrote itself (`GeneratedBy` in
+    dataset_description.json). Raises InputError for a place that is not there, and for a table of labelled cases with wrong
+    rows, each named by its line.
+    """
+    place = Path(place).expanduser().absolute()
+    if place.is_dir() and (place / TABLE).is_file():
+        place = place / TABLE
+    if place.is_dir():
+        files = _files(place)
+        return _challenge(files, place) + _bids(files, place) or _plain(files, place)
+    if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
+        return _table(place, labelled)
+    if place.is_file() and place.name.endswith(_SUFFIXES):
+        return [_row(_clean(stem(place)), _clean(stem(place)), place.parent.name, flair=[place])]
+    raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
+
+
+def stem(path: str | Path) -> str:
+    """The name of a NIfTI file without folder and ending."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def listed(problems: list[str], most: int = 10) -> str:
+    """The first `most` problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {line}" for line in problems[:most] + more)
+
+
+def _row(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:
+    return dict(case=case, subject=subject, session=session, site=_clean(site), group=group,
+                **{role: files.get(role, []) for role in _CHALLENGE.values()})
+
+
+def _files(folder: Path) -> list[Path]:
+    """NIfTI files below `folder`; linked folders are followed, each once."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen or _our_own(Path(root)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_DATA)
+        found += [Path(root, name) for name in sorted(names) if name.endswith(_SUFFIXES) and not name.startswith(".")]
+    return found
+
+
+def _our_own(folder: Path) -> bool:
+    try:
+        description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
+        return any(tool["Name"] == "wmhlib" for tool in description["GeneratedBy"])
+    except (OSError, ValueError, KeyError, TypeError):  # no description, or none that names its tool
+        return (folder.parent.name, folder.name) == ("derivatives", "wmhlib")
+
+
+def _challenge(files: list[Path], root: Path) -> list[dict]:
+    cases = defaultdict(lambda: defaultdict(list))
+    for path in files:
+        role = _CHALLENGE.get(stem(path))
+        if role in ("flair", "t1") and path.parent.name == "pre":
+            cases[path.parent.parent][role].append(path)
+        elif role in ("mask", "ventricles"):
+            cases[path.parent][role].append(path)
+    rows = []
+    for folder, roles in cases.items():
+        if roles["flair"]:
+            above = (root.name, *folder.parts[len(root.parts):])[-4:-2]  # <group>/<site> or <group>/Amsterdam/<site>
+            group = [part for part in above if part in ("training", "test")]
+            case = f"{_clean(folder.parent.name)}_{_clean(folder.name)}"
+            rows.append(_row(case, case, folder.parent.name, group=group[-1] if group else "", **roles))
+    return rows
+
+
+def _bids(files: list[Path], root: Path) -> list[dict]:
+    sessions, datasets = defaultdict(list), defaultdict(set)
+    for path in files:
+        entities = _entities(path)
+        if path.name.startswith("sub-"):
+            sessions[_dataset(path, root), entities["sub"], entities.get("ses", "")].append(path)
+            if _suffix(path) == "FLAIR":
+                datasets[entities["sub"]].add(_dataset(path, root))
+    several = any(len(found) > 1 for found in datasets.values())
+    sites = {dataset: _sites(dataset) for dataset, _, _ in sessions}
+    rows = []
+    for (dataset, subject, session), own in sessions.items():
+        prefix = f"{_clean(dataset.name)}_" if several else ""
+        for flair in own:
+            if _suffix(flair) != "FLAIR" or "derivatives" in flair.relative_to(root).parts:
+                continue
+            beside = [path for path in own if _agree(path, flair)]
+            t1 = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
+            t1 = [path for path in t1 if path in beside] or [path for path in t1 if _agree(path, flair, ("ce", "rec", "run"))]
+            case, site = prefix + stem(flair).removesuffix("_FLAIR"), sites[dataset].get(subject, dataset.name)
+            rows.append(_row(
+                case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
+                mask=_chosen([path for path in beside if _shows_lesions(path)]),
+                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES])))
+    return rows
+
+
+def _dataset(path: Path, root: Path) -> Path:
+    """The dataset of a BIDS file, raw or derived: the folder that holds its `sub-*`, `rawdata` or `derivatives` folder."""
+    parts = path.relative_to(root).parts[:-1]
+    ends = [i for i, part in enumerate(parts) if part.startswith("sub-") or part in ("derivatives", "rawdata")]
+    return root.joinpath(*parts[: ends[0]] if ends else parts)
+
+
+def _sites(dataset: Path) -> dict[str, str]:
+    """Site by subject (without `sub-`) from participants.tsv, where it has a column for that."""
+    for path in (dataset / "participants.tsv", dataset / "rawdata" / "participants.tsv"):
+        if path.is_file():
+            rows, columns = _read(path, "\t")
+            column = next((name for name in ("site", "site_id", "scanner") if name in columns), "")
+            return {row["participant_id"].removeprefix("sub-"): row[column] for _, row in rows
+                    if column and row.get("participant_id") and _clean(row[column]) and row[column] != "n/a"}
+    return {}
+
+
+def _agree(path: Path, flair: Path, keys: tuple = ("acq", "ce", "rec", "run")) -> bool:
+    """Whether two files of a session may belong together: an entity that only one of them has does not part them."""
+    one, other = _entities(path), _entities(flair)
+    return all(one.get(key, other.get(key)) == other.get(key, one.get(key)) for key in keys)
+
+
+def _shows_lesions(path: Path) -> bool:
+    """Labelled so, or a mask described so or not at all; a segmentation without label is one of tissues."""
+    label, desc = (_entities(path).get(key, "").lower() for key in ("label", "desc"))
+    return label in _LESIONS or not label and _suffix(path) == "mask" and bool(re.search("^$|lesion|wmh", desc))
+
+
+def _chosen(masks: list[Path]) -> list[Path]:
+    """Of the masks of one thing: those with label or description before bare ones (which may be of the brain); in one
+    pipeline labelled ones before others, `_mask` before `_dseg`, FLAIR space before others."""
+    masks = [path for path in masks if _suffix(path) in ("mask", "dseg")]
+    masks = [path for path in masks if {"label", "desc"} & set(_entities(path))] or masks
+    if len({_pipeline(path) for path in masks}) > 1:
+        return masks
+    found = {path: _entities(path) for path in masks}
+    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != "FLAIR", "space" in has) for path, has in found.items()}
+    return [path for path in masks if rank[path] == min(rank.values())]
+
+
+def _pipeline(path: Path) -> Path:
+    return next((folder.parent for folder in path.parents if folder.name.startswith("sub-")), path.parent)
+
+
+def _plain(files: list[Path], root: Path) -> list[dict]:
+    rows = []
+    for path in files:
+        words = re.split(r"[^a-z0-9]+", stem(path).lower())
+        if any("flair" in word for word in words) and not _NO_SCAN & set(words):
+            case = _clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
+            rows.append(_row(case, case, root.name, flair=[path]))
+    return rows
+
+
+def _table(path: Path, labelled: bool) -> list[dict]:
+    lines, columns = _read(path)
+    needed = ("subject", "site", "flair", "mask") if labelled else ("subject", "flair")
+    if not set(needed) <= set(columns) or len(set(columns)) < len(columns):
+        raise InputError(f"{path} has the columns {', '.join(columns)}: expected {', '.join(needed)}, each once (and "
+                         f"{'ventricles, group, ' if labelled else 'site, '}t1, session where there are any)")
+    rows, problems, first = [], [], {}
+    for line, cells in lines:
+        files = {role: path.parent / Path(cells[role]).expanduser() for role in _CHALLENGE.values()
+                 if cells.get(role) and (labelled or role in ("flair", "t1"))}
+        subject, session, group = cells["subject"], cells.get("session", "").removeprefix("ses-"), cells.get("group", "")
+        site = cells.get("site", "")
+        if not labelled:
+            site, subject, group = _clean(site) or path.parent.name, subject or stem(cells["flair"]), ""
+        case = _clean("_".join((site, subject, *([f"ses-{session}"] if session else []))))
+        wrong = [f"{name} is empty" for name, text in dict(subject=subject, site=site, flair=cells["flair"]).items() if not text]
+        wrong += [f"{role} file {file} does not exist" for role, file in files.items() if labelled and not file.is_file()]
+        wrong += [f"group is {group!r}, not training, test or empty"] if group.lower() not in _GROUPS else []
+        wrong += ["more cells than columns"] if None in cells else []
+        if not labelled and case in first:
+            case += f"_line-{line}"
+        alone = {case: f"case {case}"} | {file.resolve(): f"{role} file {file}" for role, file in files.items() if role in ("flair", "mask")}
+        wrong += [f"{name} is also that of line {first[key]}" for key, name in alone.items() if key in first]
+        problems += [f"line {line}: {', '.join(wrong)}"] if wrong else []
+        if labelled or not wrong:
+            first = dict.fromkeys(alone, line) | first
+            group = _GROUPS.get(group.lower(), "")
+            rows.append(_row(case, subject, site, session, group, **{role: [file] for role, file in files.items()}))
+    if problems and labelled:
+        raise InputError(f"{path} has {len(problems)} wrong rows:{listed(problems)}")
+    if problems:
+        print(f"left out {len(problems)} rows of {path}:{listed(problems)}", flush=True)
+    return rows
+
+
+def _read(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
+    """The rows of a table of text with their line numbers, empty ones left out, and its columns in lower case."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}): save it as 'CSV UTF-8'") from None
+    delimiter = delimiter or max(",;\t", key=text.partition("\n")[0].count)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # BIDS has no quotes in its tables
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, restval="")
+    reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or []]
+    rows = [(reader.line_num, {name: value.strip() if isinstance(value, str) else value for name, value in row.items()})
+            for row in reader]
+    return [(line, row) for line, row in rows if any(row.values())], columns
+
+
+def _entities(path: Path) -> dict[str, str]:
+    return dict(part.split("-", 1) for part in stem(path).split("_") if "-" in part)
+
+
+def _suffix(path: Path) -> str:
+    return stem(path).rsplit("_", 1)[-1]
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name).strip("_")

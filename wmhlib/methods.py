@@ -1,0 +1,177 @@
+"""What a paper says of a run, written from its files: the card of data and recipe, the methods paragraph, the limits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .agreement import RESAMPLES
+from .cohort import describe
+from .settings import Recipe
+from .workspace import RunFolder, read_table
+
+_PROTOCOLS = {
+    "stratified": "at random in each site, stratified by lesion volume",
+    "challenge": "as the challenge splits them; validation cases drawn from its training cases, stratified by site and lesion volume",
+    "leave-one-site-out": "with one site held out for testing; validation cases drawn from the others, stratified by lesion volume",
+    "k-fold": "in folds stratified by site and lesion volume, one of them for testing",
+}
+_VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
+
+
+@dataclass(frozen=True)
+class Story:
+    """The facts of a run and of the cases `evaluated` (the run itself, or a folder of external cases), and `counts`, the
+    parameter budget of its network (`adapters.budget`)."""
+
+    recipe: Recipe
+    point: dict
+    trained_on: pd.DataFrame  # cohort with the column split
+    evaluated: pd.DataFrame
+    data: str  # "synthetic cases" or "real scans", of the evaluated
+    source: str  # the same of the cases trained on
+    epochs: int
+    best_epoch: int
+    counts: dict
+    external: bool
+
+    @classmethod
+    def of(cls, run: RunFolder, evaluated: RunFolder, counts: dict) -> Story:
+        """Reads the files of both folders; MissingStepError names the notebook whose file is missing."""
+        mine, theirs = run.cases(), evaluated.cases()
+        history = read_table(run.need(run.history_csv, "03_train"))
+        return cls(run.recipe(), json.loads(run.need(run.operating_point, "04_search").read_text()), mine,
+                   theirs[theirs.split == "test"], describe(theirs), describe(mine), int(history.epoch.max()),
+                   int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
+                   counts, evaluated.path != run.path)
+
+    def heading(self) -> str:
+        """One sentence: what was evaluated on what."""
+        what = "**External validation**: cases of another source" if self.external else "Test cases of the run"
+        return f"{what}, n = {len(self.evaluated)} {self.data} ({_sites(self.evaluated)}). Recipe {self.recipe.name}, seed {self.recipe.seed}."
+
+    def card(self) -> pd.DataFrame:
+        """The data and the recipe, a line each."""
+        recipe, training, point = self.recipe, self.recipe.training, self.point
+        parts = self.trained_on.split.value_counts()
+        lines = {
+            "evaluated on": f"{len(self.evaluated)} {self.data}: {_sites(self.evaluated)}",
+            "lesion volume": "median {:.1f} mL, {:.1f} to {:.1f}".format(*self.evaluated.lesion_ml.quantile([0.5, 0, 1])),
+            "trained on": f"{parts.get('train', 0)} {self.source}, chosen on {parts.get('val', 0)}: "
+                          f"{_sites(self.trained_on[self.trained_on.split != 'test'])}",
+            "split": f"{_protocol(recipe)}, seed {recipe.seed}",
+            "inputs": f"{_inputs(recipe)}; {recipe.inputs.img_size} px over {recipe.inputs.fov:g} mm",
+            "encoder": f"ViT of {recipe.encoder.depth} blocks, width {recipe.encoder.dim}: {_base(recipe)}",
+            "adapter": _adapter(recipe),
+            "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
+                                  f"{self.counts['trainable_mb_fp32']:.1f} MB in fp32",
+            "training": f"AdamW, {training.lr:g}, batch {training.batch_size * training.accumulation}, {self.epochs} of "
+                        f"{training.epochs} epochs, weights of epoch {self.best_epoch}",
+            "operating point": f"probability at least {point['threshold']:g}, {_components(point)}, {_views(recipe, point)}",
+            "validation Dice there": f"{point['dsc']:.3f} (n = {point['n']}" + (
+                f", standard error {point['se']:.3f})" if point["se"] is not None else ")"),
+        }
+        return pd.DataFrame({"": lines.values()}, index=pd.Index(lines, name=recipe.name))
+
+    def paragraph(self) -> str:
+        """The methods, ready to be edited into a paper."""
+        recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
+        parts = self.trained_on.split.value_counts()
+        tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
+        varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
+        moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
+            f"scaled by up to {100 * augment.scale:g} %"] * bool(augment.scale) + ["turned by quarters"] * augment.rotate90 + [
+            "flipped left-right"] * augment.flips + ["flipped front-back"] * augment.flips_ap + [
+            f"varied in {', '.join(varied).replace('_', ' ')}"] * bool(varied)
+        return (
+            f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
+            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed}); "
+            f"all scans of a subject stayed on one side. Input was {_inputs(recipe)} on the scan's own grid. Intensities "
+            "were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull (Rousseeuw and Leroy "
+            f"1987), and a square window of {recipe.inputs.fov:g} mm around the head was resized to {recipe.inputs.img_size} x "
+            f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
+            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), frozen, with {_adapter(recipe)}, "
+            f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
+            f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
+            f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
+            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales; other pathology (label 2) was ignored. "
+            f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
+            f"of {training.batch_size * training.accumulation} slices, warm-up over {training.warmup_epochs:g} and cosine restarts "
+            f"every {training.restart_epochs} epochs, on all slices with lesions and {100 * training.train_negatives:g} % of the others"
+            f"{', ' + ', '.join(moves) if moves else ''}"
+            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if len(recipe.inputs.modalities) > 1 else ''}. "
+            f"The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on validation slices was best. On the {point['n']} validation cases the operating point was taken from the "
+            f"centre of the plateau within one standard error of the best Dice: probability at least {point['threshold']:g}, {_components(point)}, "
+            f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
+            "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
+            "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases. "
+            f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
+            "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). Lesions within 10 mm of the ventricles "
+            "counted as periventricular (DeCarli et al. 2005). A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            "limit chosen on the validation cases.")
+
+    def limits(self) -> str:
+        """What the figures do not show, as a Markdown list."""
+        n = len(self.evaluated)
+        known = set(self.trained_on.site[self.trained_on.split == "train"])
+        validation = f"{self.point['n']} validation cases"
+        points = [f"{n} case{'s' * (n > 1)}: intervals are wide, and a test between systems finds large differences only."] * (n < 30)
+        if "synthetic" in self.data:
+            points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
+        elif "synthetic" in self.source:
+            points.append("The network was trained on synthetic cases, its operating point was chosen on them.")
+        if self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
+            points.append("The encoder started from random weights, not from those of MedSAM.")
+        if self.external:
+            points.append(f"Operating point and limit of the flag were chosen on {validation} of {', '.join(sorted(known))}; probabilities shift between scanners.")
+        elif set(self.evaluated.site) <= known:
+            points.append("Every site was in training too; another scanner may do worse. Split by leave-one-site-out to see how much.")
+        if not self.external and self.recipe.split.protocol == "k-fold":
+            points.append(f"One of {self.recipe.split.folds} folds: the others are runs of their own.")
+        if not self.external and self.point["n"] < 10:
+            points.append(f"The operating point and the limit of the flag rest on {validation}.")
+        if "synthetic" not in self.data:
+            points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")
+        points += ["Cortical lesions, infarcts and artefacts can look like white matter hyperintensities on FLAIR.",
+                   "For research. It is no medical device."]
+        return "\n".join(f"- {point}" for point in points)
+
+
+def _sites(cases: pd.DataFrame) -> str:
+    return ", ".join(f"{site} {n}" for site, n in cases.site.value_counts().sort_index().items())
+
+
+def _inputs(recipe: Recipe) -> str:
+    names = {"flair": "FLAIR", "t1": "T1"}
+    context = recipe.inputs.context
+    return " and ".join(names[m] for m in recipe.inputs.modalities) + " in axial slices" + (
+        f" with {context} neighbouring slice{'s' if context > 1 else ''} on each side" if context else "")
+
+
+def _protocol(recipe: Recipe) -> str:
+    more = {"leave-one-site-out": f" ({recipe.split.held_out} left out)", "k-fold": f" (fold {recipe.split.fold} of {recipe.split.folds}, from 0)"}
+    return recipe.split.protocol + more.get(recipe.split.protocol, "")
+
+
+def _base(recipe: Recipe) -> str:
+    return f"weights {Path(recipe.encoder.checkpoint).name}, for MedSAM's see Ma et al. 2024" if recipe.encoder.checkpoint else f"random weights of seed {recipe.seed}"
+
+
+def _adapter(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    if adapter.method == "none":
+        return "no adapter"
+    return f"LoRA (Hu et al. 2021) of rank {adapter.rank_attention} on attention and {adapter.rank_mlp} on MLP layers, alpha equal to the rank, dropout {adapter.dropout:g}"
+
+
+def _components(point: dict) -> str:
+    if point.get("min_mm3", 0):
+        return f"components of at least {point['min_mm3']:g} mm3"
+    return f"components of at least {point['min_voxels']} voxel{'s' if point['min_voxels'] > 1 else ''}"
+
+
+def _views(recipe: Recipe, point: dict) -> str:
+    return f"mean of {_VIEWS[recipe.operating.views]}" if point["tta"] else "one view"
