@@ -101,6 +101,15 @@ def scored(evaluated):
     return evaluated.metrics, evaluated.gallery
 
 
+PLANTED = {name: f"PLANTED-{name}" for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "DATAVERSE_API_TOKEN", "HF_TOKEN")}
+
+
+@pytest.fixture(scope="session")
+def planted_secrets() -> list[str]:
+    """The credentials in the environment of `smoke_run`: none of them may be in anything that it leaves."""
+    return list(PLANTED.values())
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """Notebooks 01 to 05 at toy size: the run folder, and what the suite printed."""
@@ -109,6 +118,8 @@ def smoke_run(tmp_path_factory):
 
     run = RunFolder(tmp_path_factory.mktemp("runs") / "smoke")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        for name, value in PLANTED.items():
+            patch.setenv(name, value)
         assert suite.main(["--preset", "smoke", "--run", str(run.path)]) == 0
     return run, printed.getvalue()

@@ -72,7 +72,7 @@ def test_weights_trained_on_another_split_are_refused(tmp_path):
     run, model = RunFolder(tmp_path / "run").open(preset("smoke")), network()
     save_weights(model, origin(model), run.best)
     assert WMHInferenceEngine.from_run(run).recipe == model.recipe
-    write_table(pd.DataFrame([{"case": "a"}]), run.cohort_csv)
+    write_table(pd.DataFrame([{"case": "a"} | dict.fromkeys(("site", "flair", "t1", "mask", "ventricles"), "")]), run.cohort_csv)
     write_table(pd.DataFrame([{"case": "a", "split": "test"}]), run.split_csv)
     with pytest.raises(CheckpointError, match="another split"):
         WMHInferenceEngine.from_run(run)

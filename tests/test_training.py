@@ -1,24 +1,25 @@
+import json
 import math
 import os
-import signal
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wmhlib import training
+from wmhlib import batches, epochs, training
 from wmhlib.cohort import check_cases
 from wmhlib.errors import CheckpointError, MissingStepError, WMHError
 from wmhlib.phantom import write_cohort
 from wmhlib.settings import Training, preset
 from wmhlib.splits import split_cases
+from wmhlib.storage import load_checkpoint
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
-
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
@@ -38,40 +39,74 @@ def new_run(cohort, tmp_path):
 
 
 def outcome(run):
-    return load_file(run.best), run.history_csv.read_bytes(), torch.load(training._checkpoints(run)[0], weights_only=True)
+    """What a run leaves that must not depend on how it got there: weights, history, state of the last checkpoint."""
+    state = load_checkpoint(newest_checkpoint(run))
+    return load_file(run.best), run.history_csv.read_bytes(), state
+
+
+def newest_checkpoint(run):
+    return max(run.checkpoints.glob("epoch_*.pt"))
 
 
 def assert_same(first, second):
     (weights, history, last), (weights2, history2, last2) = first, second
     assert history == history2
     assert weights.keys() == weights2.keys() and all(torch.equal(weights[k], weights2[k]) for k in weights)
-    assert all(torch.equal(last["network"][k], last2["network"][k]) for k in last["network"])
+    for part in ("network", "average"):
+        assert last[part].keys() == last2[part].keys() and all(torch.equal(last[part][k], last2[part][k]) for k in last[part])
+    moments, moments2 = (state["optimizer"]["state"] for state in (last, last2))
+    assert all(torch.equal(moments[p][k], moments2[p][k]) for p in moments for k in moments[p])
+    assert torch.equal(last["best"], last2["best"])
 
 
-def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(new_run):
-    whole, killed = new_run("whole"), new_run("killed")
-    training.fit(whole, progress=False)
-    script = ("import sys, os, signal; from wmhlib import training; from wmhlib.workspace import RunFolder\n"
-              "step, left = training._train_epoch, [4]\n"
-              "def train_epoch(accelerator, model, optimizer, *rest):\n"
-              "    left[0] -= 1\n"
-              "    if not left[0]:\n"
-              "        optimizer.step = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    return step(accelerator, model, optimizer, *rest)\n"
-              "training._train_epoch = train_epoch\n"
-              f"training.torch.set_num_threads({torch.get_num_threads()})\n"
-              "training.fit(RunFolder(sys.argv[1]), progress=False)")
-    process = subprocess.run([sys.executable, "-c", script, str(killed.path)], env=os.environ, check=False)
-    assert process.returncode == -signal.SIGKILL and len(read_table(killed.history_csv)) == 3
-    training.fit(killed, progress=False)
-    assert_same(outcome(whole), outcome(killed))
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from wmhlib import hardware, training
+from wmhlib.workspace import RunFolder
+hardware.estimate = lambda *_: 0  # a second in each of many processes
+
+def train(folder, kill_after=None):
+    child = os.fork()
+    if not child:
+        training.fit(RunFolder(folder), progress=False)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+start = time.monotonic()
+assert train(sys.argv[1]) == 0
+whole = time.monotonic() - start
+rng = random.Random()
+for folder in sys.argv[2:]:
+    moment = rng.random() * whole
+    code = train(folder, moment)
+    left = sorted(os.listdir(folder + "/checkpoints")) if os.path.isdir(folder + "/checkpoints") else []
+    print(f"killed after {moment:.3f} of {whole:.3f} s (exit {code}), leaving {left}", flush=True)
+    assert train(folder) == 0
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_an_uninterrupted_one(new_run):
+    kills = int(os.environ.get("WMH_KILLS", "3"))
+    overrides = OVERRIDES.replace("checkpoint_epochs=2", "checkpoint_epochs=1") + " training.ema=0.9 training.patience=9"
+    whole, *killed = (new_run(f"run{i}", overrides) for i in range(kills + 1))
+    done = subprocess.run([sys.executable, "-c", KILLER, *(str(run.path) for run in (whole, *killed))], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    expected = outcome(whole)
+    for run in killed:
+        assert_same(expected, outcome(run))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(new_run, capsys):
     whole, damaged = new_run("whole"), new_run("damaged")
     training.fit(whole, progress=False)
     training.fit(damaged, progress=False)
-    newest = training._checkpoints(damaged)[0]
+    newest = newest_checkpoint(damaged)
     newest.write_bytes(newest.read_bytes()[:5000])
     training.fit(damaged, progress=False)
     assert newest.name in capsys.readouterr().out
@@ -88,10 +123,19 @@ def test_a_checkpoint_of_another_program_is_named_and_passed_over(new_run, capsy
 def test_two_generations_are_kept_and_a_finished_run_is_left_alone(new_run):
     run = new_run("run")
     history = training.fit(run, progress=False)
-    assert [p.name for p in training._checkpoints(run)] == ["epoch_0004.pt", "epoch_0002.pt"]
+    assert sorted(p.name for p in run.checkpoints.glob("*.pt")) == ["epoch_0002.pt", "epoch_0004.pt"]
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
     pd.testing.assert_frame_equal(training.fit(run, progress=False), history)
     assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+
+
+def test_best_weights_that_were_lost_come_back_from_the_checkpoint(new_run):
+    run = new_run("run")
+    training.fit(run, progress=False)
+    best = run.best.read_bytes()
+    run.best.unlink()
+    training.fit(run, progress=False)
+    assert run.best.read_bytes() == best
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_frozen(new_run):
@@ -125,15 +169,72 @@ def test_a_run_whose_split_changed_is_refused(new_run):
 
 
 def test_validation_cases_without_a_lesion_still_leave_weights(new_run, monkeypatch):
-    monkeypatch.setattr(training, "_validate", lambda *_: {"val_loss": 1.0, "val_dice": math.nan})
+    monkeypatch.setattr(training, "validate", lambda *_: {"val_loss": 1.0, "val_dice": math.nan})
     run = new_run("run", "inputs.img_size=32 training.epochs=2")
     training.fit(run, progress=False)
     assert run.best.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(new_run):
-    with pytest.raises(WMHError, match="lower training.lr"):
-        training.fit(new_run("run", "inputs.img_size=32 training.lr=1e30 training.clip_norm=1e30"), progress=False)
+def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_and_stays_stopped(new_run, monkeypatch, capsys):
+    scores = iter([0.3, 0.5, 0.4, math.nan, 0.2])
+    monkeypatch.setattr(training, "validate", lambda *_: {"val_loss": 1.0, "val_dice": next(scores)})
+    run = new_run("run", "inputs.img_size=32 training.epochs=9 training.patience=2 training.checkpoint_epochs=9")
+    assert len(training.fit(run)) == 4 and "training.patience" in capsys.readouterr().out
+    assert newest_checkpoint(run).name == "epoch_0004.pt" and len(training.fit(run, progress=False)) == 4
+
+
+def test_averaged_weights_are_the_ones_validated_and_kept(new_run):
+    plain, averaged = new_run("plain"), new_run("averaged", OVERRIDES + " training.ema=0.95")
+    training.fit(plain, progress=False), training.fit(averaged, progress=False)
+    ours, theirs = (load_checkpoint(newest_checkpoint(run)) for run in (plain, averaged))
+    assert all(torch.equal(ours["network"][k], theirs["network"][k]) for k in ours["network"]) and not ours["average"]
+    best = int(read_table(averaged.history_csv).val_dice.idxmax()) + 1
+    kept = load_file(averaged.best)
+    assert best < 4 or all(torch.equal(kept[k], theirs["average"][k]) for k in kept)
+    assert not all(torch.equal(kept[k], theirs["network"][k]) for k in kept)
+
+
+def test_the_dice_of_each_site_stands_beside_the_mean_of_all(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
+    row = training.fit(run, progress=False).iloc[0]
+    sites = run.cases().query("split == 'val'").site
+    found = [row[f"val_dice {site}"] for site in sites]
+    assert set(sites.map("val_dice {}".format)) == {name for name in row.index if name.startswith("val_dice ")}
+    assert row.val_dice == pytest.approx(sum(found) / len(found)) or sum(map(math.isnan, found))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(new_run, monkeypatch):
+    broken = []
+
+    def load_slices(rows, *rest):
+        cases = batches.load_slices(rows, *rest)
+        if not broken:
+            broken.append((cases[1].case, int(cases[1].lesions()[0])))
+            cases[1].images[:, broken[0][1]] = math.nan
+        return cases
+
+    monkeypatch.setattr(training, "load_slices", load_slices)
+    run = new_run("run")
+    with pytest.raises(WMHError, match=r"epoch 1, step \d+: the loss became nan.*failed_batch.safetensors.*lower training.lr"):
+        training.fit(run, progress=False)
+    with safe_open(run.path / "failed_batch.safetensors", "pt") as file:
+        about, images = json.loads(file.metadata()["wmhlib"]), file.get_tensor("images")
+    at = about["slices"].index(dict(zip(("case", "slice"), broken[0])))
+    assert images[at].isnan().any() and not images[[i for i in range(len(images)) if i != at]].isnan().any()
+    assert len(about["slices"]) == len(images) and not list(run.checkpoints.glob("*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(new_run, monkeypatch):
+    monkeypatch.setattr(epochs, "total_loss", lambda fused, *rest: (torch.sqrt(fused.sum() * 0), {name: torch.ones(()) for name in "abcd"}))
+    with pytest.raises(WMHError, match="the loss became 0, its gradient nan"):
+        training.fit(new_run("run"), progress=False)
+
+
+def test_a_loss_that_climbs_far_above_an_earlier_epochs_stops_the_run(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=9 training.warmup_epochs=3 training.lr=300 training.clip_norm=1e9")
+    with pytest.raises(WMHError, match=r"the loss (rose to|became)"):
+        training.fit(run, progress=False)
+    assert (run.path / "failed_batch.safetensors").exists()
 
 
 def test_missing_steps_name_their_notebook(tmp_path):
@@ -147,7 +248,14 @@ def test_missing_steps_name_their_notebook(tmp_path):
 
 def test_the_rate_warms_up_then_falls_along_a_cosine_and_starts_again():
     settings = Training()
-    assert training.learning_rate(0.0, settings) == 0 and training.learning_rate(2.5, settings) == pytest.approx(1.5e-4)
-    assert training.learning_rate(5.0, settings) == pytest.approx(3e-4) == pytest.approx(training.learning_rate(30.0, settings))
-    assert training.learning_rate(17.5, settings) == pytest.approx((3e-4 + 1e-6) / 2)
-    assert training.learning_rate(math.nextafter(30.0, 0), settings) == pytest.approx(1e-6, rel=1e-3)
+    assert epochs.learning_rate(0.0, settings) == 0 and epochs.learning_rate(2.5, settings) == pytest.approx(1.5e-4)
+    assert epochs.learning_rate(5.0, settings) == pytest.approx(3e-4) == pytest.approx(epochs.learning_rate(30.0, settings))
+    assert epochs.learning_rate(17.5, settings) == pytest.approx((3e-4 + 1e-6) / 2)
+    assert epochs.learning_rate(math.nextafter(30.0, 0), settings) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_the_command_trains_a_run_and_says_on_stderr_why_it_cannot(new_run, capsys, tmp_path):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
+    assert training.main([str(run.path)]) == 0 and run.best.exists() and "epoch" in capsys.readouterr().out
+    assert training.main([str(tmp_path / "nowhere")]) == 1
+    assert "01_download" in capsys.readouterr().err

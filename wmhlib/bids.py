@@ -57,7 +57,7 @@ def read_sidecars(out: Path) -> dict[str, dict]:
     for path in sorted(out.glob(f"sub-*/**/anat/sub-*_{_NAME}_mask.json")):
         try:
             content = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(content, dict):
             found[path.name.split(f"_{_NAME}")[0]] = content
@@ -102,7 +102,7 @@ def write_dataset(out: Path, links: dict[Path, str]) -> None:
 
     Raises InputError, and writes nothing, where `out` is a dataset that something else made.
     """
-    if (out / _DESCRIPTION).exists() and '"Name": "wmhlib"' not in (out / _DESCRIPTION).read_text():
+    if (out / _DESCRIPTION).exists() and b'"Name": "wmhlib"' not in (out / _DESCRIPTION).read_bytes():
         raise InputError(f"{out} holds another dataset ({_DESCRIPTION} is not of wmhlib): choose another folder for the results")
     places = {name: Path(os.path.relpath(root, out)).as_posix() for root, name in links.items()}
     description = {

@@ -228,9 +228,19 @@ def _is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: 
             and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
 
 
+def _is_complete(sidecar: dict) -> bool:
+    """Whether a sidecar holds what `_segment` wrote into it, each of its kind."""
+    kinds = {"FLAIR": str, "MadeWith": dict, "Result": dict, "Files": dict}
+    if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
+        return False
+    result, point = sidecar["Result"], [sidecar["MadeWith"].get(key) for key in _POINT]
+    numbers = [result.get(key) for key in ("lesions", "volume_ml", "uncertainty")]
+    return (type(numbers[0]) is int and all(type(number) in (int, float) for number in numbers) and type(result.get("unsure")) in (bool, type(None))
+            and all(type(value) in (int, float, bool, type(None)) for value in point) and not any(abs(value or 0) > 1e9 for value in numbers + point))
+
+
 def _done_before(out: Path) -> dict[str, dict]:
     """The sidecars of what was made before, by the scan's name, their FLAIR as an absolute path."""
-    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items()
-                if {"FLAIR", "MadeWith", "Result", "Files"} <= set(sidecar)}
+    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items() if _is_complete(sidecar)}
     return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name)["mask"].parent / sidecar["FLAIR"])}
             for name, sidecar in complete.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ class WMHInferenceEngine:
         if run.split_csv.exists() and split and split != run.split_text():
             raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
                                   "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
-        point = json.loads(run.operating_point.read_text()) if run.operating_point.exists() else None
+        point = run.point() if run.operating_point.exists() else None
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:

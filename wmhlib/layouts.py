@@ -83,7 +83,7 @@ def _our_own(folder: Path) -> bool:
     try:
         description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
         return any(tool["Name"] == "wmhlib" for tool in description["GeneratedBy"])
-    except (OSError, ValueError, KeyError, TypeError):  # no description, or none that names its tool
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no description, or none that names its tool
         return (folder.parent.name, folder.name) == ("derivatives", "wmhlib")
 
 
@@ -196,7 +196,7 @@ def _table(path: Path, labelled: bool) -> list[dict]:
                          f"{'ventricles, group, ' if labelled else 'site, '}t1, session where there are any)")
     rows, problems, first = [], [], {}
     for line, cells in lines:
-        files = {role: path.parent / Path(cells[role]).expanduser() for role in _CHALLENGE.values()
+        files = {role: _place(path.parent, cells[role]) for role in _CHALLENGE.values()
                  if cells.get(role) and (labelled or role in ("flair", "t1"))}
         subject, session, group = cells["subject"], cells.get("session", "").removeprefix("ses-"), cells.get("group", "")
         site = cells.get("site", "")
@@ -226,9 +226,14 @@ def _table(path: Path, labelled: bool) -> list[dict]:
 def _read(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
     """The rows of a table of text with their line numbers, empty ones left out, and its columns in lower case."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return _rows(path.read_text(encoding="utf-8-sig"), delimiter)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): save it as 'CSV UTF-8'") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is not a table ({error}): save it as 'CSV UTF-8'") from None
+
+
+def _rows(text: str, delimiter: str) -> tuple[list[tuple[int, dict]], list[str]]:
     delimiter = delimiter or max(",;\t", key=text.partition("\n")[0].count)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # BIDS has no quotes in its tables
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, restval="")
@@ -236,6 +241,18 @@ def _read(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list
     rows = [(reader.line_num, {name: value.strip() if isinstance(value, str) else value for name, value in row.items()})
             for row in reader]
     return [(line, row) for line, row in rows if any(row.values())], columns
+
+
+def _place(folder: Path, name: str) -> Path:
+    """The path `name` in a table that lies in `folder`; what no path can be stays below it, where no file is."""
+    try:
+        path = folder / Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL in it
+        return folder / _clean(name)[:100]
+    return path
 
 
 def _entities(path: Path) -> dict[str, str]:

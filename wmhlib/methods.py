@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +42,7 @@ class Story:
         """Reads the files of both folders; MissingStepError names the notebook whose file is missing."""
         mine, theirs = run.cases(), evaluated.cases()
         history = read_table(run.need(run.history_csv, "03_train"))
-        return cls(run.recipe(), json.loads(run.need(run.operating_point, "04_search").read_text()), mine,
+        return cls(run.recipe(), run.point(), mine,
                    theirs[theirs.split == "test"], describe(theirs), describe(mine), int(history.epoch.max()),
                    int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
                    counts, evaluated.path != run.path)

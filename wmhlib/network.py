@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapters import adapt, budget
 from .errors import CheckpointError
-from .medsam import CHANNELS, build_encoder, weights_sha256
+from .medsam import CHANNELS, ImageEncoder, build_encoder, no_weights, weights_sha256
 from .settings import PRESETS, Recipe, preset
 from .workspace import write_atomic
 
@@ -83,18 +83,30 @@ class WMHNet(nn.Module):
             self.skip = Skip(channels) if recipe.skip else None
         self.recipe = recipe
         encoder = build_encoder(recipe.encoder, recipe.seed)
-        self.base_sha256 = weights_sha256(encoder)
+        self.base_sha256 = "" if encoder.pos_embed.is_meta else weights_sha256(encoder)  # no data, where only sizes are counted
         self.encoder = adapt(encoder, recipe.adapter, recipe.seed)
+        self.checkpoint_gradients(recipe.training.gradient_checkpointing)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         features = self.encoder(self.channel_adapter(x))
         return self.decoder(features, self.skip(x) if self.skip else None)
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """What training changes: the trained parameters, and the buffers (BatchNorm statistics) of the trained modules."""
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Let the encoder's backward pass compute each block again (`ImageEncoder`), or not."""
+        for module in self.encoder.modules():
+            if isinstance(module, ImageEncoder):
+                module.checkpointing = on
+
+    def live_state(self) -> dict[str, Tensor]:
+        """What training changes, where it lies: the trained parameters, and the buffers (BatchNorm statistics) of the trained
+        modules."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         trained |= {name for name, _ in self.named_buffers() if not name.startswith("encoder.")}
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items() if name in trained}
+        return {name: value for name, value in self.state_dict().items() if name in trained}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """`live_state` on the CPU, as files keep it."""
+        return {name: value.cpu().contiguous() for name, value in self.live_state().items()}
 
     def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Load what `trained_state` gave; CheckpointError lists each key that does not fit."""
@@ -102,6 +114,7 @@ class WMHNet(nn.Module):
         faults = [f"missing {k}" for k in expected if k not in state] + [f"unexpected {k}" for k in state if k not in expected]
         faults += [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
                    for k, v in expected.items() if k in state and state[k].shape != v.shape]
+        faults += [f"{k} {fault}" for k in expected if not faults and (fault := no_weights(state[k]))]
         if faults:
             raise CheckpointError(f"{source} does not fit the network of its recipe: {'; '.join(faults)}")
         self.load_state_dict(state, strict=False)
@@ -117,11 +130,16 @@ def native_precision(wanted: str, device: torch.device) -> str:
     return "no"
 
 
-def save_weights(network: WMHNet, origin: dict[str, str], path: str | Path) -> None:
-    """Write the trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
+def weights_bytes(network: WMHNet, origin: dict[str, str]) -> bytes:
+    """The trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
     weights and the `split` it was trained on (`RunFolder.split_text`)."""
     # One key: safetensors shuffles several.
-    write_atomic(path, save(network.trained_state(), {"wmhlib": json.dumps(origin)}))
+    return save(network.trained_state(), {"wmhlib": json.dumps(origin)})
+
+
+def save_weights(network: WMHNet, origin: dict[str, str], path: str | Path) -> None:
+    """Write `weights_bytes` to a file."""
+    write_atomic(path, weights_bytes(network, origin))
 
 
 def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
@@ -131,12 +149,14 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
     Raises CheckpointError for a damaged file, keys that do not fit, or another base than the one trained on.
     """
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         with safe_open(path, "pt") as file:
             origin = json.loads((file.metadata() or {}).get("wmhlib", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"weights {path} cannot be read: {error}") from None
-    if not isinstance(origin, dict) or not {"recipe", "base_sha256"} <= set(origin):
+    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
         raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
     recipe = Recipe.from_json(origin["recipe"], path)
     if checkpoint:
@@ -147,7 +167,7 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
                               f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "
                               f"{network.base_sha256[:12]}: give the checkpoint that the run used")
     network.load_trained_state(state, path)
-    return network.eval(), origin.get("split", "")
+    return network.eval(), str(origin.get("split", ""))
 
 
 def _conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import RecipeError
 
 MODALITIES = ("flair", "t1")
+_LARGEST = 1 << 40  # of any number
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
 
 
@@ -38,8 +39,8 @@ class Inputs:
         _require(known and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,
                  "('flair',) or ('flair', 't1')")
         _require(0 <= self.context <= 5, "inputs.context", self.context, "0 to 5 slices on each side")
-        _require(self.img_size >= 32 and self.img_size % 16 == 0, "inputs.img_size", self.img_size,
-                 "a multiple of 16, at least 32")
+        _require(32 <= self.img_size <= 4096 and self.img_size % 16 == 0, "inputs.img_size", self.img_size,
+                 "a multiple of 16, from 32 to 4096")
         _require(100 <= self.fov <= 500, "inputs.fov", self.fov, "100 to 500 mm")
         _require(0 <= self.modality_dropout <= 1, "inputs.modality_dropout", self.modality_dropout, "0 to 1")
 
@@ -63,8 +64,10 @@ class Encoder:
         _require(self.dim > 0 and self.dim % self.heads == 0, "encoder.dim", self.dim, f"a multiple of {self.heads} heads")
         _require(all(0 <= b < self.depth for b in self.global_blocks), "encoder.global_blocks", self.global_blocks,
                  f"block numbers below {self.depth}")
-        _require(self.window > 0, "encoder.window", self.window, "at least 1 token")
-        _require(self.grid > 0, "encoder.grid", self.grid, "at least 1 token")
+        _require(0 < self.window <= 256, "encoder.window", self.window, "1 to 256 tokens")
+        _require(0 < self.grid <= 256, "encoder.grid", self.grid, "1 to 256 tokens")
+        _require(self.dim <= 4096 and self.dim**2 * self.depth <= 1 << 26, "encoder.dim, encoder.depth", (self.dim, self.depth),
+                 "an encoder no larger than SAM's ViT-H (1280 x 32)")
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Adapter:
 
     def __post_init__(self):
         _require(self.method in ("lora", "none"), "adapter.method", self.method, "'lora' or 'none'")
-        _require(self.rank_attention > 0, "adapter.rank_attention", self.rank_attention, "at least 1")
-        _require(self.rank_mlp > 0, "adapter.rank_mlp", self.rank_mlp, "at least 1")
+        for name in ("rank_attention", "rank_mlp"):
+            _require(0 < getattr(self, name) <= 1024, f"adapter.{name}", getattr(self, name), "1 to 1024")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 up to 1")
 
 
@@ -138,11 +141,17 @@ class Training:
     train_negatives: float = 0.08  # share of the slices without a lesion
     val_negatives: float = 0.15
     precision: str = "no"  # "no", "bf16" or "fp16"
+    fit_device: bool = True  # split the batch (and checkpoint gradients) so that it fits the device; its effective size stays
+    gradient_checkpointing: bool = False  # compute the encoder's activations again instead of keeping them
+    ema: float = 0.0  # decay per step of the averaged weights that are validated and kept; 0: none
+    patience: int = 0  # epochs without a better validation Dice after which training stops; 0: never
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "restart_epochs", "checkpoint_epochs", "validate_epochs"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_epochs >= 0, "training.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.patience >= 0, "training.patience", self.patience, "0 or more")
+        _require(0 <= self.ema < 1, "training.ema", self.ema, "0 up to 1")
         _require(0 <= self.lr_min <= self.lr, "training.lr_min", self.lr_min, f"0 to lr = {self.lr}")
         _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "training.betas", self.betas, "two values from 0 up to 1")
@@ -237,7 +246,7 @@ class Recipe:
                 raise RecipeError(f"override {word!r} is not of the form section.setting=value")
             try:
                 value = json.loads(text.replace("'", '"'))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = text
             place = tree.setdefault(section, {}) if dot else tree
             if not isinstance(place, dict):
@@ -252,7 +261,7 @@ class Recipe:
     def from_json(text: str, source: str | Path = "recipe") -> Recipe:
         try:
             tree = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number without end is a ValueError too
             raise RecipeError(f"{source} is not JSON: {error}") from None
         if not isinstance(tree, dict):
             raise RecipeError(f"{source} holds {type(tree).__name__}, expected an object of settings")
@@ -281,11 +290,11 @@ def _cast(hint, value, name: str):
         if not isinstance(value, (list, tuple)):
             raise RecipeError(f"setting {name} = {value!r}: expected a list")
         return tuple(_cast(typing.get_args(hint)[0], v, name) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
+    if type(value) is not hint and not (hint is float and type(value) is int):
         raise RecipeError(f"setting {name} = {value!r} is of type {type(value).__name__}: expected {hint.__name__}")
-    return value
+    if hint in (int, float) and not abs(value) < _LARGEST:
+        raise RecipeError(f"setting {name} = {value!r} is impossible: expected a number below 2 ** 40")
+    return float(value) if hint is float else value
 
 
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)

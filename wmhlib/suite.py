@@ -23,7 +23,8 @@ from .report import results_text
 from .workspace import REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
-_QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore"}
+_QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore",
+          "WMHLIB_BATCH": "1"}  # no live curves in a notebook that nobody watches
 
 
 class NotebookError(WMHError):

@@ -7,7 +7,7 @@ that window is resized to the network's canvas. `from_canvas` undoes exactly thi
 
 from __future__ import annotations
 
-import zlib
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,10 @@ _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
 _CEREBRUM_MM = 110.0  # from the vertex down
 _SHIFT_MM = 0.1  # between grids that count as one
-_MAX_VOXELS = 1 << 29
+_MAX_VOXELS, _MAX_SLICES = 1 << 28, 2048
+_MM, _EXTENT_MM = (0.1, 30.0), 1500.0  # of a voxel; of a scan
+_GRAY = 1e12  # a grey value is smaller than
+_INFLATES = 1032  # times, at most, by deflate
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def load_volume(path: str | Path) -> Volume:
                          "mend it or export the scan again")
     if data.min() == data.max():
         raise InputError(f"{path} is constant (every voxel is {data.flat[0]:g}): expected a scan")
+    if max(-data.min(), data.max()) > _GRAY:
+        raise InputError(f"{path} holds values from {data.min():g} to {data.max():g}: expected grey values; export the scan again")
     return Volume(data, image, Path(path))
 
 
@@ -210,25 +215,44 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
     """The image without its trailing axes of length one, and its voxels as float32."""
     need_file(path)
     try:
+        _refuse_bomb(path)
         image = nib.load(path)
+        if not isinstance(image, nib.spatialimages.SpatialImage):
+            raise InputError(f"{path} is not a NIfTI file but a {type(image).__name__}: expected a 3-D scan")
         shape = image.shape
         if len(shape) < 3 or any(n != 1 for n in shape[3:]):
             raise InputError(f"{path} has shape {shape}: expected one 3-D volume")
-        if 0 in shape or np.prod(shape, dtype=float) > _MAX_VOXELS:
-            raise InputError(f"{path} has shape {shape}: expected 1 to {_MAX_VOXELS} voxels")
+        if min(shape) < 1 or max(shape) > _MAX_SLICES or np.prod(shape, dtype=float) > _MAX_VOXELS:
+            raise InputError(f"{path} has shape {shape}: expected 1 to {_MAX_VOXELS} voxels, {_MAX_SLICES} along an axis at most")
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
             raise InputError(f"{path} has an affine that is not invertible: its voxels have no place in space")
-        if image.get_data_dtype().kind not in "iuf":
-            raise InputError(f"{path} holds voxels of type {image.get_data_dtype()}: expected numbers")
+        if not all(_MM[0] <= mm <= _MM[1] and n * mm <= _EXTENT_MM for n, mm in zip(shape, voxel_sizes(image.affine))):
+            raise InputError(f"{path} has {shape} voxels of {' x '.join(f'{s:.3g}' for s in voxel_sizes(image.affine))} mm: expected a head, "
+                             f"in voxels of {_MM[0]:g} to {_MM[1]:g} mm")
+        dtype = image.get_data_dtype()
+        if dtype.kind not in "iuf":
+            raise InputError(f"{path} holds voxels of type {dtype}: expected numbers")
+        inflates = _INFLATES if str(path).endswith("z") else 1
+        if isinstance(image, nib.Nifti1Image) and dtype.itemsize * np.prod(shape, dtype=float) > inflates * Path(path).stat().st_size:
+            raise InputError(f"{path} is damaged or incomplete: too small for its shape {shape}; copy or download it again")
         data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
     except nib.filebasedimages.ImageFileError as error:
         raise InputError(f"{path} is not a NIfTI file that can be read: {error}") from None
-    except (EOFError, OSError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged or incomplete ({error}): copy or download it again") from None
+    except InputError:
+        raise
+    except Exception as error:  # nibabel raises a dozen types for a damaged or hostile file
+        raise InputError(f"{path} is damaged or incomplete ({error or type(error).__name__}): copy or download it again") from None
     header = image.header if isinstance(image, nib.Nifti1Image) else None
     return nib.Nifti1Image(data, image.affine, header), data
+
+
+def _refuse_bomb(path: str | Path) -> None:
+    """InputError for a gzip file that unpacks to more than any scan has, wherever its header makes nibabel read to."""
+    largest = 8 * _MAX_VOXELS
+    if str(path).endswith(".gz") and _INFLATES * Path(path).stat().st_size > largest:
+        with gzip.open(path) as file:
+            if sum(len(block) for block in iter(lambda: file.read(1 << 20), b"")) > largest:
+                raise InputError(f"{path} unpacks to more than {largest >> 20} MB: expected a scan")
 
 
 def _some(values: np.ndarray) -> str:
@@ -264,6 +288,9 @@ def _grid(volume: Volume, head: np.ndarray, inner: np.ndarray, fov: float) -> Gr
     spans = [[np.flatnonzero(part.any((1 - axis, 2)))[[0, -1]] for axis in (0, 1)] for part in (upper, inside)]
     brain = [(last + 1 - first) * s + 2 * _MARGIN_MM for (first, last), s in zip(spans[1], spacing)]
     lengths = [round(max(fov, *brain) / s) for s in spacing[:2]]
+    if lengths[0] * lengths[1] * lps.shape[2] > _MAX_VOXELS:
+        raise InputError(f"{volume.path} has voxels of {' x '.join(f'{s:.3g}' for s in volume.spacing)} mm: {fov:g} mm of them, "
+                         f"{lps.shape[2]} slices, do not fit into memory; resample it first")
     starts = [(int(first + last) + 1 - n) // 2 for (first, last), n in zip(spans[0], lengths)]
     return Grid(volume.data.shape, io_orientation(volume.affine), (starts[0], lengths[0]), (starts[1], lengths[1]))
 

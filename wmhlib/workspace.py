@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import pandas as pd
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from .errors import InputError, MissingStepError, RecipeError
+from .errors import InputError, MissingStepError, RecipeError, WMHError
 from .settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DRIVE = Path("/content/drive")
+_MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
                  "page")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
@@ -70,7 +73,7 @@ class RunFolder:
 
     def recipe(self, preset: str | None = None) -> Recipe:
         """The recipe of this run. Raises MissingStepError where there is none, RecipeError if it is not one of `preset`."""
-        recipe = Recipe.from_json(self.need(self.recipe_json, "01_download").read_text(), self.recipe_json)
+        recipe = Recipe.from_json(_text(self.need(self.recipe_json, "01_download")), self.recipe_json)
         if preset not in (None, recipe.name):
             raise RecipeError(f"run folder {self.path} belongs to another recipe: {recipe.name!r} there, {preset!r} asked for. "
                               f"Set preset to {recipe.name!r}, or choose another run folder")
@@ -83,10 +86,20 @@ class RunFolder:
         return path
 
     def cases(self) -> pd.DataFrame:
-        """The cohort with the column `split`, a row for each case of both tables. MissingStepError where one is missing."""
-        cohort = read_table(self.need(self.cohort_csv, "01_download"))
-        split = read_table(self.need(self.split_csv, "02_split"))
+        """The cohort with the column `split`, a row for each case of both tables. MissingStepError where one is missing,
+        InputError where a column is, or where a case comes twice or has a name that no file can have."""
+        cohort = _cases(self.need(self.cohort_csv, "01_download"), ("case", "site", "flair", "t1", "mask"))
+        split = _cases(self.need(self.split_csv, "02_split"), ("case", "split"))
         return cohort.merge(split[["case", "split"]], on="case", validate="one_to_one")
+
+    def point(self) -> dict:
+        """The operating point that 04_search left. MissingStepError where there is none, InputError for impossible values."""
+        point = read_json(self.need(self.operating_point, "04_search"))
+        wrong = [f"{name} is {point[name]!r}" for name, fits in _POINT.items() if name in point and not fits(point[name])]
+        missing = [f"{name} is missing" for name in ("threshold", "min_voxels", "tta") if name not in point]
+        if wrong or missing:
+            raise InputError(f"{self.operating_point}: {', '.join(missing + wrong)}: run notebook 04_search again")
+        return point
 
     def evaluation(self, data: str | Path, out: str | Path = "") -> RunFolder:
         """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table>."""
@@ -99,8 +112,8 @@ class RunFolder:
 
     def write_manifest(self) -> Path:
         """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks,
-        evaluations and derivatives."""
-        others = (self.notebooks, self.path / "evaluations", self.path / "derivatives")
+        evaluations, derivatives and TensorBoard."""
+        others = (self.notebooks, self.path / "evaluations", self.path / "derivatives", self.path / "tensorboard")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
                        and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {
@@ -143,11 +156,27 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 def read_table(path: str | Path) -> pd.DataFrame:
     """A table of `write_table`; names, paths and groups stay text ("" where empty). Raises InputError if it is no CSV."""
     try:
+        with open(path, "rb") as file:
+            if max((line.count(b",") for line in file), default=0) > _MOST_COLUMNS:  # pandas would take hours
+                raise ValueError(f"more than {_MOST_COLUMNS} columns")
         table = pd.read_csv(path, dtype={name: str for name in _TEXT_COLUMNS}, keep_default_na=False, na_values=[""])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError, IsADirectoryError) as error:  # pandas' own errors and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path} is not a CSV table ({error}): delete it and run the notebook that writes it") from None
-    text = [name for name in _TEXT_COLUMNS if name in table]
-    return table.assign(**{name: table[name].fillna("") for name in text})
+    table = table.assign(**{name: table[name].fillna("") for name in _TEXT_COLUMNS if name in table})
+    if any(table[name].str.contains("\0", regex=False).any() for name in _TEXT_COLUMNS if name in table):
+        raise InputError(f"{path} holds a NUL: delete it and run the notebook that writes it")
+    return table
+
+
+def read_json(path: str | Path) -> dict:
+    """The object that a JSON file holds. Raises InputError if it holds none."""
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): delete it and run the notebook that writes it") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}: expected an object, written by a notebook")
+    return content
 
 
 def stable_seed(*parts) -> int:
@@ -158,7 +187,7 @@ def stable_seed(*parts) -> int:
 
 def natural(text: str) -> list:
     """A key that sorts numbers in names by their value: Utrecht_2 before Utrecht_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+    return [(len(part.lstrip("0")), part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
 def sha256(path: str | Path) -> str:
@@ -168,13 +197,14 @@ def sha256(path: str | Path) -> str:
 
 
 def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
-    """The default folder for runs. In Colab it also mounts Drive and installs the distributions of `requirements` that are
-    missing; torch and numpy stay as they are, since a session that loses its own breaks."""
+    """The default folder for runs. In Colab it also mounts Drive, says if there is no GPU, and installs the distributions of
+    `requirements` that are missing or too old; all others stay as they are, since a session that loses its own breaks."""
     if not _in_colab():
         return "runs"
     missing = _missing(Path(requirements).read_text())
     if missing:
         _install(missing)
+    _say_without_gpu()
     return _mounted_drive()
 
 
@@ -189,6 +219,36 @@ def secret(name: str) -> str | None:
         return None
     file = os.path.expanduser(value.strip())
     return Path(file).read_text().strip() if os.path.isfile(file) else value.strip()
+
+
+_POINT = {  # what the values of an operating point must be
+    "threshold": lambda v: _is_number(v) and 0 < v <= 1, "min_voxels": lambda v: type(v) is int and v >= 1,
+    "min_mm3": lambda v: _is_number(v) and v >= 0, "tta": lambda v: isinstance(v, bool),
+    **dict.fromkeys(("zscore_threshold", "unsure_above", "poor_below"), lambda v: _is_number(v))}
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+
+
+def _text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not a text file ({error}): delete it and run the notebook that writes it") from None
+
+
+def _cases(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """The table at `path`, if it has the `columns` and names each case once, as a file can be named."""
+    table = read_table(path)
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(missing)}: delete it and run the notebook that writes it")
+    wrong = [f"{name!r} twice" for name in table.loc[table["case"].duplicated(), "case"]]
+    wrong += [f"{name!r}, which no file can be named after" for name in table["case"] if not re.fullmatch(r"\w[^/\\\x00-\x1f]*|-[\w-]+", name)]
+    if wrong:
+        raise InputError(f"{path} has the case {wrong[0]}: delete it and run the notebook that writes it")
+    return table
 
 
 def _settings(recipe: Recipe) -> dict:
@@ -231,9 +291,28 @@ def _install(missing: list[str]) -> None:
     print(f"installing {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         keep = Path(folder, "keep.txt")
-        keep.write_text("".join(f"{name}=={_version(name)}\n" for name in ("torch", "numpy") if _version(name)))
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", str(keep), *missing], check=True)
+        keep.write_text("".join(_installed({canonicalize_name(Requirement(line).name) for line in missing})))
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", str(keep), *missing], capture_output=True,
+                              text=True)
+    if done.returncode:
+        raise WMHError(f"pip could not install {', '.join(missing)} beside what this session has: {done.stderr.strip()[-500:]}. "
+                       "Choose Runtime > Disconnect and delete runtime, then run the notebook again")
     importlib.invalidate_caches()
+
+
+def _installed(but: set[str]) -> list[str]:
+    """A pip constraint for each distribution there is `but` some: what is installed later changes none of them."""
+    versions = {}
+    for found in importlib.metadata.distributions():
+        versions.setdefault(canonicalize_name(found.metadata["Name"] or ""), found.version)
+    return [f"{name}=={version}\n" for name, version in sorted(versions.items()) if name not in but and re.fullmatch(r"[\w.+!-]+", version or "")]
+
+
+def _say_without_gpu() -> None:
+    import torch  # not before the packages are there
+    if not torch.cuda.is_available():
+        print("This runtime has no GPU, which is enough for the presets demo and smoke alone. For the others choose Runtime > "
+              "Change runtime type > T4 GPU or better, then run the notebook again.")
 
 
 def _mounted_drive() -> str:

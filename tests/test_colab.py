@@ -1,0 +1,149 @@
+"""What Colab needs, held without Colab: `tests/test_bootstrap.py` stands in for its modules."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import pytest
+from packaging.requirements import Requirement
+from test_bootstrap import colab, without  # noqa: F401
+
+from wmhlib import workspace
+from wmhlib.errors import WMHError
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+FREEZES = {"3.13": TESTS / "colab_constraints.txt", "3.12": TESTS / "colab_constraints_2026.01.txt"}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+REQUIREMENTS = (ROOT / "requirements.txt").read_text()
+each_freeze = pytest.mark.parametrize("python", FREEZES)
+
+
+def freeze(python) -> dict[str, str]:
+    lines = [line.split("#")[0].strip().split("==") for line in FREEZES[python].read_text().splitlines()]
+    return {workspace.canonicalize_name(line[0]): line[1] for line in lines if len(line) == 2}
+
+
+def required() -> dict[str, Requirement]:
+    found = [Requirement(line) for line in REQUIREMENTS.splitlines() if line.split("#")[0].strip()]
+    return {workspace.canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def test_requirements_are_lower_bounds_alone():
+    assert {specifier.operator for requirement in required().values() for specifier in requirement.specifier} == {">="}
+
+
+@each_freeze
+def test_what_colab_has_is_new_enough(python):
+    """All but Kaggle's client, of which Colab's older runtime has one that nothing else there needs."""
+    there = freeze(python)
+    old = [name for name, requirement in required().items() if name in there and not requirement.specifier.contains(there[name])]
+    assert old in ([], ["kaggle"]) and {"torch", "numpy", "pandas", "matplotlib"} <= set(there)
+
+
+@each_freeze
+def test_the_requirements_resolve_beside_colabs_packages_and_change_none(python, tmp_path):
+    """The resolver asks the package index, for Linux and that Python, what the bootstrap would install."""
+    uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
+    if not uv:
+        pytest.skip("uv, which resolves for another Python than this, is not installed")
+    there = freeze(python)
+    missing = {name for name, requirement in required().items() if not requirement.specifier.contains(there.get(name, "0"))}
+    kept = {name: version for name, version in there.items() if name not in missing}
+    (tmp_path / "keep.txt").write_text("".join(f"{name}=={version}\n" for name, version in kept.items()))
+    done = subprocess.run([uv, "pip", "compile", str(ROOT / "requirements.txt"), "-c", str(tmp_path / "keep.txt"), "--python-version", python,
+                           "--python-platform", "x86_64-unknown-linux-gnu", "--only-binary", ":all:", "--no-header", "--no-annotate", "--quiet"],
+                          capture_output=True, text=True, timeout=180)
+    if any(word in done.stderr for word in ("error sending request", "dns error", "Failed to fetch", "Network", "timed out")):
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    chosen = {workspace.canonicalize_name(name): version for name, version in (line.split("==") for line in done.stdout.split() if "==" in line)}
+    assert set(required()) <= set(chosen)
+    assert {name: chosen[name] for name in kept if name in chosen} == {name: kept[name] for name in kept if name in chosen}
+    assert (chosen["torch"], chosen["numpy"]) == (there["torch"], there["numpy"])
+
+
+def test_pip_is_told_to_leave_every_installed_package_as_it_is(colab, monkeypatch):  # noqa: F811
+    without(monkeypatch, "papermill")
+    workspace.bootstrap()
+    kept = dict(line.split("==") for line in colab.constraints)
+    assert {"torch", "numpy", "pandas", "requests", "ipykernel"} <= set(kept) and "papermill" not in kept
+    assert kept["pandas"] == importlib.metadata.version("pandas")
+
+
+def test_an_installation_that_fails_says_what_to_do(colab, monkeypatch):  # noqa: F811
+    without(monkeypatch, "papermill")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no space left"))
+    with pytest.raises(WMHError, match="could not install papermill>=2.6 .*no space left.*Disconnect and delete runtime"):
+        workspace.bootstrap()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_runtime_without_gpu_is_told_where_one_is_chosen(gpu, colab, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    workspace.bootstrap()
+    assert ("Runtime > Change runtime type > T4 GPU or better" in capsys.readouterr().out) != gpu
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_bootstrap_cell_run_again_does_nothing_again(source, colab, monkeypatch, tmp_path):  # noqa: F811
+    """Twice in a session, and once more after the kernel was restarted: one clone, one mount, one installation."""
+    clone, real, absent = tmp_path / "clone", importlib.util.find_spec, ["papermill"]
+
+    def run(command, **_):
+        colab.runs.append(command)
+        if command[0] == "git":
+            clone.mkdir()
+        else:
+            absent.clear()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name in absent else version(name))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *a: real(name, *a) if name != "wmhlib" or str(clone) in sys.path else None)
+    cell = next(c for c in jupytext.read(source).cells if "bootstrap" in c.metadata.get("tags", []))
+    code = cell.source.replace("/content/wmh-lora", str(clone))
+    roots = []
+    for restart in (False, False, True):
+        if restart:
+            sys.path.remove(str(clone))
+        scope = {}
+        exec(code, scope)
+        roots.append(scope["root"])
+        assert sys.path.count(str(clone)) == 1
+    assert [command[0] for command in colab.runs] == ["git", sys.executable] and len(colab.mounts) == 1
+    assert len(set(roots)) == 1
+
+
+def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):  # noqa: F811
+    from wmhlib import download, fetch
+
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    answer = fetch.requests.Response()
+    answer.status_code, answer.url, answer.raw = 401, "https://www.kaggle.com", io.BytesIO()
+    monkeypatch.setattr(download, "_kaggle", lambda dataset: lambda headers: answer.raise_for_status())
+    with pytest.raises(WMHError, match="KAGGLE_API_TOKEN .*Colab's secrets .*notebook access on"):
+        download.fetch_kaggle(tmp_path)
+
+
+def test_only_the_workspace_imports_colab():
+    for path in (*sorted((ROOT / "wmhlib").glob("*.py")), *NOTEBOOKS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert path.name == "workspace.py" or not any(name.split(".")[0] == "google" for name in names), f"{path}:{node.lineno}"
+
+
+def test_every_notebook_has_the_same_bootstrap_cell():
+    cells = {next(c.source for c in jupytext.read(path).cells if "bootstrap" in c.metadata.get("tags", [])) for path in NOTEBOOKS}
+    assert len(cells) == 1 and os.path.exists(ROOT / "requirements.txt")

@@ -1,0 +1,125 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from wmhlib import training
+from wmhlib.cohort import check_cases
+from wmhlib.errors import WMHError
+from wmhlib.network import WMHNet
+from wmhlib.phantom import write_cohort
+from wmhlib.processes import Average, StepStatistics
+from wmhlib.settings import preset
+from wmhlib.splits import split_cases
+from wmhlib.storage import load_checkpoint
+from wmhlib.workspace import RunFolder, write_table
+
+# Micro-batches of 3, so that two processes share 3 of a step, and a last step is left over.
+OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.batch_size=3 training.accumulation=3 training.ema=0.9"
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
+    return cases, split_cases(cases.merge(check_cases(cases)), preset("smoke"))
+
+
+@pytest.fixture
+def new_run(cohort, tmp_path):
+    def make(name, overrides=OVERRIDES):
+        run = RunFolder(tmp_path / name).open(preset("smoke", overrides))
+        write_table(cohort[0], run.cohort_csv)
+        write_table(cohort[1], run.split_csv)
+        return run
+
+    return make
+
+
+def in_two_processes(run):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "wmhlib.training",
+                           str(run.path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_two_processes_go_on_to_the_weights_of_one_and_only_one_of_them_writes_and_speaks(new_run):
+    one, two = new_run("one"), new_run("two")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of two
+    training.fit(one, progress=False)
+    torch.set_num_threads(threads)
+    shutil.copytree(one.checkpoints, two.checkpoints, ignore=shutil.ignore_patterns("epoch_0002*"))
+    done = in_two_processes(two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on from epoch_0001.pt") == 1 and done.stdout.count("epoch   2/2") == 1
+    first, expected, found = (load_checkpoint(run.checkpoints / f"epoch_000{n}.pt") for run, n in ((one, 1), (one, 2), (two, 2)))
+    for part in ("network", "average"):
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert max((tensor - first["network"][name]).abs().max() for name, tensor in expected["network"].items()) > 1e-3
+    assert {k: pytest.approx(v, rel=1e-5, abs=1e-6, nan_ok=True) for k, v in expected["history"][1].items()} == found["history"][1]
+
+
+def test_an_error_is_said_once_and_stops_both_processes(new_run):
+    run = new_run("run", OVERRIDES + " training.lr=1e11 training.clip_norm=1e11")
+    done = in_two_processes(run)
+    assert done.returncode != 0 and done.stderr.count("training stopped in epoch") == 1 and "Traceback" not in done.stderr.split("training stopped")[0]
+    assert (run.path / "failed_batch.safetensors").exists()
+
+
+def test_checkpointed_gradients_are_the_same_gradients():
+    images = torch.randn(2, 1, 64, 64)
+    found = []
+    for on in ("false", "true"):
+        network = WMHNet(preset("smoke", f"training.gradient_checkpointing={on} adapter.dropout=0.2")).train()
+        torch.manual_seed(1)
+        network(images)[0].square().mean().backward()
+        found.append({name: p.grad for name, p in network.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_batch_statistics_move_once_a_step_by_the_mean_of_its_micro_batches():
+    norm = torch.nn.BatchNorm2d(3)
+    network = torch.nn.Sequential(norm).train()
+    batches = torch.randn(3, 4, 3, 5, 5) + 2
+    statistics = StepStatistics(network)
+    for _ in range(2):
+        statistics.begin()
+        for batch in batches:
+            network(batch)
+        statistics.sums(3)
+        statistics.end(3)
+    mean, variance = batches.mean((1, 3, 4)).mean(0), batches.transpose(1, 2).flatten(2).var(2).mean(0)
+    torch.testing.assert_close(norm.running_mean, 0.19 * mean)
+    torch.testing.assert_close(norm.running_var, 0.81 + 0.19 * variance)
+    assert norm.num_batches_tracked == 2
+
+
+def test_an_average_forgets_its_start_and_swaps_back():
+    live = {"w": torch.zeros(2), "n": torch.tensor(0)}
+    average = Average(live, 0.9)
+    for step in range(300):
+        live["w"].fill_(1.0)
+        live["n"] += 1
+        average.update(step)
+    live["w"].fill_(5.0)
+    with average.swapped_in():
+        assert live["w"].tolist() == pytest.approx([1, 1]) and live["n"] == 300
+    assert live["w"].tolist() == [5, 5]
+
+
+def test_a_notebook_starts_a_process_for_each_gpu_and_hands_on_their_error(new_run, monkeypatch):
+    monkeypatch.setattr(training.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(training, "notebook_launcher", lambda function, args, num_processes: function(*args) if num_processes == 2 else None)
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
+    assert len(training.launch(run)) == 1
+
+    def fails(*_, **__):
+        raise ChildFailedError("fit", {0: ProcessFailure(0, 1, 1, "there is no such file")})
+
+    monkeypatch.setattr(training, "notebook_launcher", fails)
+    with pytest.raises(WMHError, match="2 GPUs stopped"):
+        training.launch(run)

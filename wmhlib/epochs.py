@@ -1,0 +1,174 @@
+"""One epoch of training, and its validation, shared out over any number of processes.
+
+What is random in a micro-batch follows from (seed, epoch, step, its number in the step), so that neither the number of
+processes nor an interruption changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save
+from torch import Tensor
+
+from .batches import CaseSlices, augment, draw_slices, drop_modalities, stack_slices
+from .checkpoints import Keeper
+from .errors import WMHError
+from .losses import total_loss
+from .monitor import Monitor
+from .network import WMHNet
+from .processes import Average, GradientSum, StepStatistics, sum_over_processes
+from .settings import Recipe, Training
+from .workspace import RunFolder, stable_seed
+
+_PARTS = ("train_loss", "focal", "dice", "boundary", "scales")
+_DIVERGED = 3.0  # times the lowest training loss of an epoch before: a network that collapsed, not a bad epoch
+_Places = list[tuple[int, int]]  # (case, slice)
+
+
+@dataclass
+class Job:
+    """What an epoch works on; the same in every process. `recipe`: its batch as it fits the device."""
+
+    run: RunFolder
+    recipe: Recipe
+    accelerator: Accelerator
+    network: WMHNet
+    optimizer: torch.optim.Optimizer
+    gradients: GradientSum
+    statistics: StepStatistics
+    average: Average
+    keeper: Keeper | None  # of the main process
+
+    def mine(self, tasks: int) -> range:
+        """The numbers, out of `tasks`, that this process does."""
+        return range(self.accelerator.process_index, tasks, self.accelerator.num_processes)
+
+
+def learning_rate(epoch: float, settings: Training) -> float:
+    """Linear warm-up, then cosine with warm restarts (Loshchilov & Hutter 2017, eq. 5); `epoch` counts fractions too."""
+    if epoch < settings.warmup_epochs:
+        return settings.lr * epoch / settings.warmup_epochs
+    phase = (epoch - settings.warmup_epochs) % settings.restart_epochs / settings.restart_epochs
+    return settings.lr_min + 0.5 * (settings.lr - settings.lr_min) * (1 + math.cos(math.pi * phase))
+
+
+def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int, lowest: float) -> tuple[dict[str, float], int]:
+    """Every slice that `epoch` (from 1) draws, once. Returns the last learning rate with the means over slices of the loss and
+    its parts, and the number of slices. Raises WMHError, with the micro-batch that caused it in failed_batch.safetensors, for a
+    loss or gradient that is not finite, and for a mean loss above three times `lowest`, the least of the epochs before."""
+    settings, accelerator = job.recipe.training, job.accelerator
+    places = _order(cases, job.recipe, epoch)
+    steps = _cut(places, settings.batch_size * settings.accumulation)
+    sums = torch.zeros(len(steps), len(_PARTS), dtype=torch.float64, device=accelerator.device)
+    job.network.train()
+    for step in monitor.steps(epoch, len(steps)):
+        lr = learning_rate(epoch - 1 + (step + 0.5) / len(steps), settings)
+        for group in job.optimizer.param_groups:
+            group["lr"] = lr
+        micros = _cut(steps[step], settings.batch_size)
+        mine = job.mine(len(micros))
+        several = accelerator.num_processes > 1 or len(micros) > 1
+        job.statistics.begin()
+        for i in mine:
+            values = _loss(job, cases, micros[i], epoch, step, i)
+            loss = values[0] * (len(micros[i]) / len(steps[step]))
+            (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
+            if several:
+                job.gradients.add()
+            sums[step] += len(micros[i]) * values.detach()
+        sum_over_processes(accelerator, [*job.gradients.total, *job.statistics.sums(len(mine)), sums[step]])
+        if several:
+            job.gradients.end()
+        job.statistics.end(len(micros))
+        norm = accelerator.clip_grad_norm_(job.gradients.trained, settings.clip_norm)
+        overflow = accelerator.scaler and accelerator.scaler.get_scale() > 1  # fp16's scaler skips the step and lowers the scale
+        if not torch.isfinite(sums[step, 0]) or not (overflow or torch.isfinite(norm)):
+            _stop(job, cases, micros, epoch, step, f"the loss became {float(sums[step, 0]) / len(steps[step]):g}, its gradient {float(norm):g}")
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        job.average.update((epoch - 1) * len(steps) + step)
+    means = dict(zip(_PARTS, (sums.sum(0) / len(places)).tolist()))
+    if means["train_loss"] > _DIVERGED * lowest:
+        worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
+        _stop(job, cases, _cut(steps[worst], settings.batch_size), epoch, worst,
+              f"the loss rose to {means['train_loss']:.3g} from {lowest:.3g} in an epoch before")
+    return {"lr": lr} | means, len(places)
+
+
+@torch.no_grad()
+def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Places) -> dict[str, float]:
+    """val_loss, and the mean over cases of the Dice at 0.5 over a case's `places`: val_dice, and val_dice <site> of each site.
+    The batches are spread over the processes; cases without lesion pixels in reference and result count nowhere."""
+    job.network.eval()
+    batches = _cut(places, job.recipe.training.batch_size)
+    loss, overlap, size = (torch.zeros(n, dtype=torch.float64) for n in (1, len(cases), len(cases)))
+    for i in job.mine(len(batches)):
+        images, labels = (t.to(job.accelerator.device) for t in stack_slices(cases, batches[i], job.recipe.inputs.context))
+        with job.accelerator.autocast():
+            fused, scales = job.network(images)
+        loss += len(batches[i]) * float(total_loss(fused, scales, labels, job.recipe.loss)[0])
+        found, lesion = (fused > 0) & (labels != 2), labels == 1
+        number = torch.tensor([case for case, _ in batches[i]])
+        overlap.index_add_(0, number, (found & lesion).sum((1, 2, 3)).double().cpu())
+        size.index_add_(0, number, (found.sum((1, 2, 3)) + lesion.sum((1, 2, 3))).double().cpu())
+    totals = [t.to(job.accelerator.device) for t in (loss, overlap, size)]
+    sum_over_processes(job.accelerator, totals)
+    loss, overlap, size = (t.cpu() for t in totals)
+    dice = pd.Series((2 * overlap / size).numpy())  # NaN where both are empty
+    by_site = {f"val_dice {site}": float(mean) for site, mean in dice.groupby(pd.Series(sites)).mean().items()}
+    return {"val_loss": float(loss) / len(places), "val_dice": float(dice.mean())} | by_site
+
+
+def _order(cases: list[CaseSlices], recipe: Recipe, epoch: int) -> _Places:
+    places = draw_slices(cases, recipe.training.train_negatives, stable_seed(recipe.seed, "slices", epoch))
+    generator = torch.Generator().manual_seed(stable_seed(recipe.seed, "order", epoch))
+    return [places[i] for i in torch.randperm(len(places), generator=generator)]
+
+
+def _cut(places: _Places, size: int) -> list[_Places]:
+    return [places[first : first + size] for first in range(0, len(places), size)]
+
+
+def _batch(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of micro-batch (epoch, step, i) as the network sees them; also seeds the dropout of its forward pass."""
+    generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "augment", *number))
+    torch.manual_seed(stable_seed(job.recipe.seed, "dropout", *number))
+    images, labels = (t.to(job.accelerator.device) for t in stack_slices(cases, micro, job.recipe.inputs.context))
+    images, labels = augment(images, labels, job.recipe.augment, generator)
+    return drop_modalities(images, job.recipe.inputs, generator), labels
+
+
+def _loss(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> Tensor:
+    """The loss of a micro-batch and its four parts; only the first has a gradient."""
+    images, labels = _batch(job, cases, micro, *number)
+    with job.accelerator.autocast():
+        fused, scales = job.network(images)
+    loss, parts = total_loss(fused, scales, labels, job.recipe.loss)
+    return torch.stack([loss, *parts.values()])
+
+
+def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:
+    """Saves the micro-batch of the step with the largest gradient, and raises an error that names it in every process."""
+    norms = torch.zeros(len(micros), dtype=torch.float64, device=job.accelerator.device)
+    for i in job.mine(len(micros)):
+        job.optimizer.zero_grad()
+        _loss(job, cases, micros[i], epoch, step, i)[0].backward()
+        norms[i] = torch.stack([torch.linalg.vector_norm(p.grad) for p in job.gradients.trained]).norm()
+    sum_over_processes(job.accelerator, [norms])
+    number = int(norms.nan_to_num(math.inf).argmax())
+    slices = [{"case": cases[case].case, "slice": z} for case, z in micros[number]]
+    path = job.run.path / "failed_batch.safetensors"
+    if job.keeper:
+        images, labels = _batch(job, cases, micros[number], epoch, step, number)
+        about = {"epoch": epoch, "step": step + 1, "reason": reason, "slices": slices}
+        job.keeper.write(path, save({"images": images.cpu(), "labels": labels.cpu()}, {"wmhlib": json.dumps(about)}))
+    names = ", ".join(f"{s['case']} slice {s['slice']}" for s in slices)
+    raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch that caused it ({names}) is in {path}: look at it, "
+                   f"or lower training.lr (now {job.recipe.training.lr:g}); the run goes on from its last checkpoint")

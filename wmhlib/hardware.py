@@ -1,0 +1,179 @@
+"""The device and a recipe's place on it: how much memory a training step needs, and how a batch is split so that it fits.
+
+What a step needs is counted, not guessed: the network takes one step on tensors that have shapes and no data, and every
+allocation of the forward and the backward pass is followed (in about two seconds, whatever the size). So it holds for any
+encoder, adapter, decoder and precision, and changes when they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from .errors import RecipeError
+from .losses import total_loss
+from .network import WMHNet, native_precision
+from .settings import Recipe, Training
+
+SHARE = 0.85  # of the memory that a recipe may plan with; the rest is for the driver, workspaces and fragments
+_PROCESS = 650_000_000  # bytes of a Python process with the libraries loaded, before it holds data (measured on Linux)
+_MALLOC = 1.25  # resident bytes a byte of tensors on a CPU: the allocator's fragments and the kernels' own copies (measured)
+_STATES = 16  # bytes a trained parameter: AdamW's two moments, and the sum of a step's gradients in double precision
+
+
+def device_memory(device: torch.device) -> tuple[str, int]:
+    """Name and bytes of a device: a GPU's own memory, or what this process may use of the machine's."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    limits = [psutil.virtual_memory().total]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = file.read_text().strip() if file.exists() else "max"
+        limits += [int(text)] if text.isdigit() else []
+    return "CPU", min(limits)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets `measured_peak` count from now on: on a GPU, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # no Linux, or a container that forbids it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def measured_peak(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`, or the process began: tensors on a GPU (`torch.cuda.max_memory_allocated`), on a CPU all of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.lru_cache(maxsize=64)
+def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, precision: str) -> int:
+    """Bytes of tensors at the peak of a training step on `batch_size` slices, in `precision` "no", "bf16" or "fp16".
+
+    Counted are the weights, what the optimiser keeps of each trained one, and what a forward and a backward pass hold at
+    their worst moment. Not counted are the kernels' workspaces and the allocator's fragments (`SHARE`). Attention is counted
+    as the CPU computes it; a GPU with a fused kernel for all of it needs less.
+    """
+    training = replace(recipe.training, gradient_checkpointing=gradient_checkpointing)
+    with torch.device("meta"):
+        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint="")))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = network.to_empty(device="cpu")
+        side, held = recipe.inputs.img_size, _Held()
+        images = torch.empty(batch_size, recipe.inputs.channels, side, side)
+        labels = torch.empty(batch_size, 1, side, side, dtype=torch.uint8)
+        for tensor in (*network.state_dict().values(), images, labels):
+            held.add(tensor)
+        with held:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+                fused, scales = network(images)
+            total_loss(fused, scales, labels, recipe.loss)[0].backward()
+    kept = _STATES + 4 * bool(training.ema)
+    return held.peak + kept * sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def expected_peak(recipe: Recipe, device: torch.device, data: int = 0) -> int:
+    """What `measured_peak` will show when `recipe` trains on `device`, with `data` bytes of slices in the machine's memory: on a
+    CPU within 15 % of what was measured (Linux, presets demo and colab); on a GPU the tensors alone."""
+    training = recipe.training
+    tensors = estimate(recipe, training.batch_size, training.gradient_checkpointing, native_precision(training.precision, device))
+    return int(_PROCESS + data + _MALLOC * tensors) if device.type == "cpu" else tensors
+
+
+def fit(recipe: Recipe, device: torch.device, data: int = 0, processes: int = 1) -> tuple[Recipe, str]:
+    """`recipe` with precision, micro-batches and gradient checkpointing as `device` can take them, and a sentence that says why.
+
+    An optimiser step keeps its slices: `batch_size` becomes the largest divisor of batch_size x accumulation, up to what
+    the recipe asks, with which the expected peak stays below `SHARE` of the memory, and `accumulation` follows. It is
+    never larger than asked, for BatchNorm normalises over a micro-batch, and several processes share those of a step.
+    Gradients are checkpointed where one slice alone does not fit without. Only device and recipe decide, so that a
+    resumed run splits as before. `data`: bytes of slices in memory; `processes`: of this training on this machine.
+
+    Raises RecipeError where nothing fits. With `training.fit_device` off only the precision is set.
+    """
+    asked = recipe.training
+    name, memory = device_memory(device)
+    if device.type == "cpu":
+        memory //= processes
+    slices = asked.batch_size * asked.accumulation
+    precision = native_precision(asked.precision, device)
+    sizes = [n for n in range(asked.batch_size, 0, -1) if slices % n == 0] if asked.fit_device else [asked.batch_size]
+    modes = [True] if asked.gradient_checkpointing else [False, True] if asked.fit_device else [False]
+    peaks = []
+    for checkpointed, size in itertools.product(modes, sizes):
+        training = replace(asked, batch_size=size, accumulation=slices // size, gradient_checkpointing=checkpointed, precision=precision)
+        fitted = replace(recipe, training=training)
+        peaks.append(expected_peak(fitted, device, data))
+        if peaks[-1] <= SHARE * memory or not asked.fit_device:
+            return fitted, _sentence(name, memory, asked, training, peaks)
+    raise RecipeError(
+        f"{name} has {_gb(memory)}{' for each process' if device.type == 'cpu' and processes > 1 else ''}, and one slice of {recipe.inputs.img_size} px "
+        f"with checkpointed gradients in {_PRECISIONS[precision]} needs about {_gb(peaks[-1])}, more than {SHARE:.0%} of it: choose a smaller "
+        f"inputs.img_size, inputs.context or encoder, or a device with at least {_gb(peaks[-1] / SHARE)}")
+
+
+_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def _sentence(name: str, memory: int, asked: Training, training: Training, peaks: list[int]) -> str:
+    split = f"{training.batch_size} x {training.accumulation} accumulated"
+    if training.batch_size == asked.batch_size:
+        words = [f"micro-batches of {split}, as asked"]
+    else:
+        words = [f"micro-batches of {split} ({asked.batch_size * asked.accumulation} slices a step as asked; {asked.batch_size} x {asked.accumulation} would "
+                 f"need about {_gb(peaks[0])}, and BatchNorm now normalises over {training.batch_size})"]
+    wanted, given = _PRECISIONS[asked.precision], _PRECISIONS[training.precision]
+    words.append(given if wanted == given else f"{given}, as {wanted} is not native here")
+    if training.gradient_checkpointing:
+        words.append("gradients checkpointed" + ("" if asked.gradient_checkpointing else ", without which one slice would not fit"))
+    return f"{name}, {_gb(memory)}: {'; '.join(words)}: about {_gb(peaks[-1])} at the peak (estimated)"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+class _Held(TorchDispatchMode):
+    """Follows every storage that operations give back while it is the mode: `bytes` held now, and their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.bytes -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
