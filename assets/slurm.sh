@@ -29,7 +29,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on a node do not meet
 
 # One launcher a node; it starts a process for each GPU there. SLURM_NODEID is known on the node alone, hence the quotes.
 export run gpus head port OMP_NUM_THREADS="$((${SLURM_CPUS_PER_TASK:-16} / gpus))"
-srun --kill-on-bad-exit=1 bash -c '
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-16}" --kill-on-bad-exit=1 bash -c '
   several=$([ $((SLURM_NNODES * gpus)) -gt 1 ] && echo --multi_gpu || true)
   exec .venv/bin/accelerate launch $several --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$head" --main_process_port "$port" --mixed_precision no --dynamo_backend no \

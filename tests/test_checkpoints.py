@@ -396,15 +396,16 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(run):
         storage.load_checkpoint(path)
 
 
-def test_a_checkpoint_of_an_earlier_version_counts_while_its_own_checksums_hold(new, run):
-    run.checkpoints.mkdir()
-    path = run.checkpoints / "epoch_0004.pt"
-    torch.save(state(4), path)
-    assert new(direct=True).newest(same)["history"][0]["epoch"] == 4
-    data = path.read_bytes()
-    place = data.index(torch.full((3, 5), 4.0).numpy().tobytes()) + 3
-    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-    assert new(direct=True).newest(same) is None
+def test_where_no_checkpoint_can_be_read_training_does_not_start_anew(new, monkeypatch):
+    keeper = new(direct=True)
+    keeper.checkpoint(1, state(1))
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(storage, "load_checkpoint", broken)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        keeper.newest(same)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_one_that_is_not_ours_passed_over(new):

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,12 +14,12 @@ from safetensors.torch import load_file
 
 from wmhlib import batches, epochs, training
 from wmhlib.cohort import check_cases
-from wmhlib.errors import CheckpointError, MissingStepError, WMHError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.phantom import write_cohort
 from wmhlib.settings import Training, preset
 from wmhlib.splits import split_cases
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.workspace import RunFolder, read_table, stable_seed, write_table
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
 
@@ -259,3 +261,22 @@ def test_the_command_trains_a_run_and_says_on_stderr_why_it_cannot(new_run, caps
     assert training.main([str(run.path)]) == 0 and run.best.exists() and "epoch" in capsys.readouterr().out
     assert training.main([str(tmp_path / "nowhere")]) == 1
     assert "01_download" in capsys.readouterr().err
+
+
+def test_early_stopping_counts_validated_epochs():
+    settings = Training(validate_epochs=5, patience=3, epochs=100)
+    assert not training._finished([{}] * 4, settings) and not training._finished([{}] * 4 + [{"val_dice": 0.5}], settings)
+    assert training._finished([{}] * 4 + [{"val_dice": 0.5}] + [{}] * 4 + [{"val_dice": 0.4}], settings)
+
+
+def test_cases_without_lesions_and_without_other_slices_name_the_setting(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1 training.val_negatives=0.0")
+    cohort = read_table(run.cohort_csv)
+    for path in cohort["mask"][cohort["case"].isin(read_table(run.split_csv).query("split == 'val'").case)]:
+        empty = nibabel.load(path)
+        copy = run.path / f"{stable_seed(path)}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(0 * np.asarray(empty.dataobj), empty.affine), copy)
+        cohort.loc[cohort["mask"] == path, "mask"] = str(copy)
+    write_table(cohort, run.cohort_csv)
+    with pytest.raises(InputError, match="training.val_negatives is 0"):
+        training.fit(run, progress=False)

@@ -83,11 +83,14 @@ class Keeper:
         folders = [self.run.checkpoints] + [self.local / self.run.checkpoints.name] * storage.own(self.local)
         found = [(epoch, folder == self.run.checkpoints, folder / storage.checkpoint_name(epoch))
                  for folder in folders for epoch in self._patiently(storage.epochs, folder)]
+        unreadable = None
         for _, _, path in sorted(found, reverse=True):
             try:
                 state = self._patiently(storage.load_checkpoint, path)
                 differing = check(state)
             except Exception as error:  # `check` may meet anything in a file that is not ours
+                if isinstance(error.__cause__, OSError):
+                    unreadable = error
                 self._say(f"checkpoint {path} is damaged or not ours and passed over: "
                           f"{error if isinstance(error, CheckpointError) else repr(error)}")
                 continue
@@ -97,6 +100,8 @@ class Keeper:
             self.source = path
             self._whole.add(path)
             return state
+        if unreadable:  # better no training than one that starts anew over what is there
+            raise unreadable
         return None
 
     def close(self, patience: float | None = None) -> None:
@@ -122,7 +127,7 @@ class Keeper:
             return
         folder, kept = (folder / version.name).parent, []
         self._whole.add(folder / storage.checkpoint_name(version.epoch))
-        with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next
+        with contextlib.suppress(OSError, MemoryError):  # what cannot be removed now is removed after the next
             for epoch in storage.epochs(folder):
                 if epoch <= version.epoch and len(kept) < self.keep and self._is_whole(folder / storage.checkpoint_name(epoch)):
                     kept.append(epoch)

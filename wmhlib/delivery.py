@@ -55,7 +55,7 @@ class Delivery:
         self.lost: set[str] = set()  # files with no copy left
         self._say, self._placed = say, placed
         self._change = threading.Condition()  # guards what follows, and the local folder
-        self._delivering = threading.Lock()
+        self._delivering, self._saying = threading.Lock(), threading.Lock()
         self._pending: dict[str, Version] = {}
         self._said: set[tuple[Path, int | None]] = set()
         self._thread: threading.Thread | None = None
@@ -173,7 +173,8 @@ class Delivery:
     def _adopt(self) -> None:
         if not storage.own(self.local):
             return
-        found = [(path.relative_to(self.local).as_posix(), 0) for path in sorted(self.local.iterdir()) if path.is_file()]
+        found = [(path.relative_to(self.local).as_posix(), 0) for path in sorted(self.local.iterdir())
+                 if path.is_file() and not path.name.startswith(".")]
         for folder in sorted(path for path in self.local.iterdir() if path.is_dir()):
             found += [(f"{folder.name}/{storage.checkpoint_name(epoch)}", epoch) for epoch in storage.epochs(folder)[:1]]
         for name, epoch in found:
@@ -188,12 +189,15 @@ class Delivery:
 
     def _trouble(self, folder: Path, error: Exception, then: str) -> None:
         number = getattr(error, "errno", None)
-        if (folder, number) not in self._said:
+        with self._saying:
+            new = (folder, number) not in self._said
+            self._said.add((folder, number))
+            self.troubles[folder] = error
+        if new:
             advice = ", free space there" if number in (errno.ENOSPC, errno.EDQUOT) else ""
             self._say(f"{folder} cannot be written now ({error}){advice}: {then}")
-        self._said.add((folder, number))
-        self.troubles[folder] = error
 
     def _over(self, folder: Path) -> bool:
-        self._said = {said for said in self._said if said[0] != folder}
-        return self.troubles.pop(folder, None) is not None
+        with self._saying:
+            self._said = {said for said in self._said if said[0] != folder}
+            return self.troubles.pop(folder, None) is not None

@@ -61,13 +61,15 @@ def learning_rate(epoch: float, settings: Training) -> float:
 
 def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int, lowest: float) -> tuple[dict[str, float], int]:
     """Every slice that `epoch` (from 1) draws, once. Returns the last learning rate with the means over slices of the loss and
-    its parts, and the number of slices. Raises WMHError, with the micro-batch that caused it in failed_batch.safetensors, for a
+    its parts, and the number of slices. Raises WMHError, with the step's micro-batch of the largest gradient in failed_batch.safetensors, for a
     loss or gradient that is not finite, and for a mean loss above three times `lowest`, the least of the epochs before."""
     settings, accelerator = job.recipe.training, job.accelerator
     places = _order(cases, job.recipe, epoch)
     steps = _cut(places, settings.batch_size * settings.accumulation)
     sums = torch.zeros(len(steps), len(_PARTS), dtype=torch.float64, device=accelerator.device)
     job.network.train()
+    if accelerator.scaler:  # a process without a micro-batch in the first step would not know the scale
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
     for step in monitor.steps(epoch, len(steps)):
         lr = learning_rate(epoch - 1 + (step + 0.5) / len(steps), settings)
         for group in job.optimizer.param_groups:
@@ -93,7 +95,8 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
             _stop(job, cases, micros, epoch, step, f"the loss became {float(sums[step, 0]) / len(steps[step]):g}, its gradient {float(norm):g}")
         job.optimizer.step()
         job.optimizer.zero_grad()
-        job.average.update((epoch - 1) * len(steps) + step)
+        if not accelerator.optimizer_step_was_skipped:
+            job.average.update((epoch - 1) * len(steps) + step)
     means = dict(zip(_PARTS, (sums.sum(0) / len(places)).tolist()))
     if means["train_loss"] > _DIVERGED * lowest:
         worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
@@ -160,7 +163,7 @@ def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, 
     for i in job.mine(len(micros)):
         job.optimizer.zero_grad()
         _loss(job, cases, micros[i], epoch, step, i)[0].backward()
-        norms[i] = torch.stack([torch.linalg.vector_norm(p.grad) for p in job.gradients.trained]).norm()
+        norms[i] = torch.stack([torch.linalg.vector_norm(p.grad) for p in job.gradients.trained if p.grad is not None]).norm()
     sum_over_processes(job.accelerator, [norms])
     number = int(norms.nan_to_num(math.inf).argmax())
     slices = [{"case": cases[case].case, "slice": z} for case, z in micros[number]]
@@ -170,5 +173,5 @@ def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, 
         about = {"epoch": epoch, "step": step + 1, "reason": reason, "slices": slices}
         job.keeper.write(path, save({"images": images.cpu(), "labels": labels.cpu()}, {"wmhlib": json.dumps(about)}))
     names = ", ".join(f"{s['case']} slice {s['slice']}" for s in slices)
-    raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch that caused it ({names}) is in {path}: look at it, "
-                   f"or lower training.lr (now {job.recipe.training.lr:g}); the run goes on from its last checkpoint")
+    raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch with the largest gradient ({names}) is in {path}: look at "
+                   f"it, or train in another run folder with a lower training.lr (now {job.recipe.training.lr:g}); this one would do the same again")

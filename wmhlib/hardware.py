@@ -104,8 +104,8 @@ def fit(recipe: Recipe, device: torch.device, data: int = 0, processes: int = 1)
     An optimiser step keeps its slices: `batch_size` becomes the largest divisor of batch_size x accumulation, up to what
     the recipe asks, with which the expected peak stays below `SHARE` of the memory, and `accumulation` follows. It is
     never larger than asked, for BatchNorm normalises over a micro-batch, and several processes share those of a step.
-    Gradients are checkpointed where one slice alone does not fit without. Only device and recipe decide, so that a
-    resumed run splits as before. `data`: bytes of slices in memory; `processes`: of this training on this machine.
+    Gradients are checkpointed where one slice alone does not fit without. Device and recipe decide, on a CPU also the
+    memory that `data` and several `processes` take. `data`: bytes of slices in memory; `processes`: of this training on this machine.
 
     Raises RecipeError where nothing fits. With `training.fit_device` off only the precision is set.
     """

@@ -23,9 +23,9 @@ import torch
 from .errors import CheckpointError
 from .workspace import RunFolder, sha256
 
-_FORMAT = 2  # 1 had no manifest
+_FORMAT = 2
 _CHECKPOINT = re.compile(r"epoch_(\d{4,9})\.(pt|json)")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors|failed_batch\.safetensors)")
 _REMOTE = ("fuse.", "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs")
 
 
@@ -39,8 +39,8 @@ def pack(epoch: int, state: dict) -> memoryview:
 def load_checkpoint(path: Path) -> dict:
     """The state in a checkpoint file, on the CPU. Runs no code that the file may hold (`weights_only`).
 
-    A file without manifest counts if it is of format 1 and the checksums inside hold. Raises CheckpointError where the file
-    is damaged, is no checkpoint, or differs from its manifest; OSError if it cannot be read.
+    Raises CheckpointError where the file is damaged, is no checkpoint of this format, or has no manifest or another one; OSError
+    if it cannot be read.
     """
     data, declared = _read(path), _declared(path)
     if declared is not None and declared != _manifest(path, data, hashlib.sha256(data).hexdigest()):
@@ -53,16 +53,16 @@ def load_checkpoint(path: Path) -> dict:
             if archive.testzip():
                 raise ValueError("its checksums do not hold")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception as error:  # torch and zipfile raise a dozen types for a damaged file
         raise CheckpointError(f"it is damaged, or holds more than tensors, numbers and text ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"it holds a {type(content).__name__}, expected a dict")
-    if "format" not in content:
-        return content
+    if content.get("format") != _FORMAT or not isinstance(content.get("state"), dict):
+        raise CheckpointError(f"it is of format {content.get('format')!r}, expected {_FORMAT}")
     if declared is None:
         raise CheckpointError("it has no manifest: writing it was never finished")
-    if content["format"] != _FORMAT or not isinstance(content.get("state"), dict):
-        raise CheckpointError(f"it is of format {content['format']!r}, expected {_FORMAT}")
     return content["state"]
 
 

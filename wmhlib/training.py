@@ -15,6 +15,8 @@ import contextlib
 import math
 import os
 import sys
+import time
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
@@ -27,14 +29,15 @@ from .adapters import budget
 from .batches import draw_slices, load_slices
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
-from .errors import WMHError
+from .errors import InputError, WMHError
 from .monitor import Monitor
 from .network import WMHNet, native_precision, weights_bytes
 from .processes import Average, GradientSum, StepStatistics, from_main
 from .settings import Recipe, Training
 from .splits import check_split
-from .workspace import RunFolder, read_table
+from .workspace import RunFolder, read_table, table_bytes
 
+_GRACE_S = 60.0  # longer than the main process delivers after an error
 _STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "random", "best")
 
 
@@ -52,7 +55,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
-    with Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
+    with _main_speaks_first(accelerator), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
         network = WMHNet(recipe).to(accelerator.device)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
@@ -61,11 +64,26 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
         return pd.DataFrame(_train(job, cases, progress and accelerator.is_main_process))
 
 
+@contextlib.contextmanager
+def _main_speaks_first(accelerator: Accelerator) -> Iterator[None]:
+    """After an error in all processes the launcher ends every one as soon as the first has ended: let that be the main one, which
+    has files to deliver and the message to print."""
+    try:
+        yield
+    except WMHError:
+        if not accelerator.is_main_process:
+            time.sleep(_GRACE_S)
+        raise
+
+
 def launch(run: RunFolder) -> pd.DataFrame:
-    """`fit` in one process for each GPU of this machine, or in this one where there are fewer than two."""
+    """`fit` in one process for each GPU of this machine, or in this one where there are fewer than two. Raises WMHError in a
+    kernel that has used a GPU before, since processes cannot share what it holds there."""
     gpus = torch.cuda.device_count()
     if gpus < 2:
         return fit(run)
+    if torch.cuda.is_initialized():
+        raise WMHError("this kernel has used a GPU already: restart it and run notebook 03 first")
     try:
         notebook_launcher(fit, (run,), num_processes=gpus)
     except ChildFailedError as error:
@@ -81,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         fit(RunFolder(parser.parse_args(arguments).run))
     except WMHError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     PartialState().destroy_process_group()
     return 0
@@ -98,6 +115,9 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     train, val = (load_slices(cases[cases.split == name], job.recipe.inputs, progress) for name in ("train", "val"))
     sites = cases[cases.split == "val"].site.tolist()
     places = draw_slices(val, settings.val_negatives, job.recipe.seed)
+    for slices, part, setting in ((draw_slices(train, settings.train_negatives, 0), "train", "train_negatives"), (places, "val", "val_negatives")):
+        if not slices:
+            raise InputError(f"the {part} cases have no slice with a lesion, and training.{setting} is 0: add cases with lesions, or raise it")
     with _fitted(job, sum(c.images.nbytes + c.labels.nbytes for c in train + val), len(history) + 1, progress) as monitor:
         while not _finished(history, settings):
             epoch = len(history) + 1
@@ -112,7 +132,7 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
                     keeper.write(run.best, best)
             history.append(row)
             if keeper:
-                keeper.write(run.history_csv, pd.DataFrame(history).to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+                keeper.write(run.history_csv, table_bytes(pd.DataFrame(history)))
                 if epoch % settings.checkpoint_epochs == 0 or _finished(history, settings):
                     keeper.checkpoint(epoch, _state(job, origin, history, best))
             monitor.epoch(history, better, slices)
@@ -144,7 +164,7 @@ def _dice(row: dict) -> float:
 def _finished(history: list[dict], settings: Training) -> bool:
     scores = list(map(_dice, history))
     waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
-    return len(scores) >= settings.epochs or 0 < settings.patience <= waited
+    return len(scores) >= settings.epochs or (0 < settings.patience <= waited and len(scores) % settings.validate_epochs == 0)
 
 
 def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -> dict:
@@ -176,8 +196,9 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     if job.accelerator.scaler and state["scaler"]:
         job.accelerator.scaler.load_state_dict(state["scaler"])
     best = state["best"].numpy().tobytes()
-    if keeper and (not job.run.best.exists() or job.run.best.read_bytes() != best):
-        keeper.write(job.run.best, best)
+    for path, content in ((job.run.best, best), (job.run.history_csv, table_bytes(pd.DataFrame(state["history"])))):
+        if keeper and (not path.exists() or path.read_bytes() != content):
+            keeper.write(path, content)
     if progress:
         print(f"going on from {keeper.source.name}", flush=True)
     return state["history"], best

@@ -150,7 +150,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
     """CSV with six significant digits: the same table gives the same bytes."""
-    write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(path, table_bytes(table))
+
+
+def table_bytes(table: pd.DataFrame) -> bytes:
+    """What `write_table` writes."""
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -310,7 +315,7 @@ def _installed(but: set[str]) -> list[str]:
 
 def _say_without_gpu() -> None:
     import torch  # not before the packages are there
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # asks no driver, so that processes can be forked later
         print("This runtime has no GPU, which is enough for the presets demo and smoke alone. For the others choose Runtime > "
               "Change runtime type > T4 GPU or better, then run the notebook again.")
 
