@@ -101,6 +101,33 @@ def scored(evaluated):
     return evaluated.metrics, evaluated.gallery
 
 
+@pytest.fixture(scope="session")
+def split_cohort(tmp_path_factory):
+    """Nine coarse synthetic cases and their split: both tables."""
+    from wmhlib.cohort import check_cases
+    from wmhlib.phantom import write_cohort
+    from wmhlib.settings import preset
+    from wmhlib.splits import split_cases
+
+    cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
+    return cases, split_cases(cases.merge(check_cases(cases)), preset("smoke"))
+
+
+@pytest.fixture
+def new_run(split_cohort, tmp_path, request):
+    """Makes a run folder ready to train: `new_run(name, overrides)`, the smoke preset with the module's OVERRIDES unless given."""
+    from wmhlib.settings import preset
+    from wmhlib.workspace import RunFolder, write_table
+
+    def make(name, overrides=request.module.OVERRIDES):
+        run = RunFolder(tmp_path / name).open(preset("smoke", overrides))
+        for table, path in zip(split_cohort, (run.cohort_csv, run.split_csv)):
+            write_table(table, path)
+        return run
+
+    return make
+
+
 PLANTED = {name: f"PLANTED-{name}" for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "DATAVERSE_API_TOKEN", "HF_TOKEN")}
 
 

@@ -38,7 +38,7 @@ from safetensors.torch import save as to_safetensors
 
 from wmhlib import bids, cohort, derivatives, layouts, medsam, splits, storage, volumes
 from wmhlib.errors import CheckpointError, WMHError
-from wmhlib.network import WMHNet, load_network, save_weights
+from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.settings import Encoder, Inputs, preset
 from wmhlib.workspace import RunFolder, read_table
 
@@ -71,12 +71,9 @@ class Seeds:
         recipe = preset("smoke")
         self.scans = [_scan(), _scan(dtype=np.int16), _nifti2(_scan())]
         self.mask = _mask()
-        with tempfile.TemporaryDirectory() as folder:
-            network = WMHNet(recipe)
-            origin = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": "case,split\na,train\n"}
-            save_weights(network, origin, Path(folder, "best.safetensors"))
-            self.weights = Path(folder, "best.safetensors").read_bytes()
-        self.origin, self.state = origin, network.trained_state()
+        network = WMHNet(recipe)
+        self.origin = {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": "case,split\na,train\n"}
+        self.weights, self.state = weights_bytes(network, self.origin), network.trained_state()
         self.encoder = medsam.ImageEncoder(_ENCODER).state_dict()
         self.checkpoints = [_torch_bytes(self.encoder), _torch_bytes(self.encoder, _use_new_zipfile_serialization=False)]
         self.recipe = json.loads(recipe.to_json())

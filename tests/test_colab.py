@@ -87,7 +87,7 @@ def test_an_installation_that_fails_says_what_to_do(colab, monkeypatch):  # noqa
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_runtime_without_gpu_is_told_where_one_is_chosen(gpu, colab, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: int(gpu))
     workspace.bootstrap()
     assert ("Runtime > Change runtime type > T4 GPU or better" in capsys.readouterr().out) != gpu
 

@@ -6,11 +6,11 @@ import torch
 
 from wmhlib.engine import _VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
-from wmhlib.network import WMHNet, load_network, save_weights
+from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.phantom import write_cohort
 from wmhlib.settings import preset
 from wmhlib.volumes import load_case
-from wmhlib.workspace import RunFolder, write_table
+from wmhlib.workspace import RunFolder, write_atomic, write_table
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def origin(model):
 
 def test_weights_trained_on_another_split_are_refused(tmp_path):
     run, model = RunFolder(tmp_path / "run").open(preset("smoke")), network()
-    save_weights(model, origin(model), run.best)
+    write_atomic(run.best, weights_bytes(model, origin(model)))
     assert WMHInferenceEngine.from_run(run).recipe == model.recipe
     write_table(pd.DataFrame([{"case": "a"} | dict.fromkeys(("site", "flair", "t1", "mask", "ventricles"), "")]), run.cohort_csv)
     write_table(pd.DataFrame([{"case": "a", "split": "test"}]), run.split_csv)
@@ -81,7 +81,7 @@ def test_weights_trained_on_another_split_are_refused(tmp_path):
 def test_weights_come_back_exactly_with_batchnorm_statistics(tmp_path):
     model = network().train()
     model(torch.randn(2, 1, 64, 64))
-    save_weights(model, origin(model), tmp_path / "w.safetensors")
+    write_atomic(tmp_path / "w.safetensors", weights_bytes(model, origin(model)))
     untouched = WMHNet(model.recipe)
     untouched.load_trained_state(model.trained_state(), "memory")
     again, split = load_network(tmp_path / "w.safetensors")
@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         model.load_trained_state({**model.trained_state(), "decoder.extra": torch.zeros(1)}, "w")
     with pytest.raises(CheckpointError, match="missing channel_adapter.0.weight"):
         model.load_trained_state({k: v for k, v in model.trained_state().items() if k != "channel_adapter.0.weight"}, "w")
-    save_weights(model, origin(model) | {"recipe": preset("smoke", "seed=7").to_json()}, tmp_path / "w.safetensors")
+    write_atomic(tmp_path / "w.safetensors", weights_bytes(model, origin(model) | {"recipe": preset("smoke", "seed=7").to_json()}))
     with pytest.raises(CheckpointError, match="were trained on the base"):
         load_network(tmp_path / "w.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:1000])

@@ -8,35 +8,14 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from wmhlib import training
-from wmhlib.cohort import check_cases
 from wmhlib.errors import WMHError
 from wmhlib.network import WMHNet
-from wmhlib.phantom import write_cohort
 from wmhlib.processes import Average, StepStatistics
 from wmhlib.settings import preset
-from wmhlib.splits import split_cases
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import RunFolder, write_table
 
 # Micro-batches of 3, so that two processes share 3 of a step, and a last step is left over.
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.batch_size=3 training.accumulation=3 training.ema=0.9"
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
-    return cases, split_cases(cases.merge(check_cases(cases)), preset("smoke"))
-
-
-@pytest.fixture
-def new_run(cohort, tmp_path):
-    def make(name, overrides=OVERRIDES):
-        run = RunFolder(tmp_path / name).open(preset("smoke", overrides))
-        write_table(cohort[0], run.cohort_csv)
-        write_table(cohort[1], run.split_csv)
-        return run
-
-    return make
 
 
 def in_two_processes(run):

@@ -17,7 +17,7 @@ from test_engine import network, origin
 from wmhlib import derivatives, evaluation, medsam
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
-from wmhlib.network import load_network, save_weights
+from wmhlib.network import load_network, weights_bytes
 from wmhlib.settings import Encoder, Recipe, preset
 from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
@@ -147,7 +147,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     model = network()
     with torch.no_grad():
         model.decoder.heads[0].bias.fill_(float("nan"))
-    save_weights(model, origin(model), tmp_path / "best.safetensors")
+    write_atomic(tmp_path / "best.safetensors", weights_bytes(model, origin(model)))
     with pytest.raises(CheckpointError, match="heads.0.bias holds numbers that are NaN"):
         load_network(tmp_path / "best.safetensors")
 
@@ -156,7 +156,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
 def test_a_recipe_leads_to_no_other_file_than_a_checkpoint(place, tmp_path):
     run = RunFolder(tmp_path / "run").open(preset("smoke", f'encoder.checkpoint="{place}"'))
     model = network()
-    save_weights(model, origin(model), run.best)
+    write_atomic(run.best, weights_bytes(model, origin(model)))
     with pytest.raises(CheckpointError) as error:
         WMHInferenceEngine.from_run(run)
     assert "root:" not in str(error.value)

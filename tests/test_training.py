@@ -13,31 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wmhlib import batches, epochs, training
-from wmhlib.cohort import check_cases
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
-from wmhlib.phantom import write_cohort
 from wmhlib.settings import Training, preset
-from wmhlib.splits import split_cases
 from wmhlib.storage import load_checkpoint
 from wmhlib.workspace import RunFolder, read_table, stable_seed, write_table
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
-    return cases, split_cases(cases.merge(check_cases(cases)), preset("smoke"))
-
-
-@pytest.fixture
-def new_run(cohort, tmp_path):
-    def make(name, overrides=OVERRIDES):
-        run = RunFolder(tmp_path / name).open(preset("smoke", overrides))
-        write_table(cohort[0], run.cohort_csv)
-        write_table(cohort[1], run.split_csv)
-        return run
-
-    return make
 
 
 def outcome(run):

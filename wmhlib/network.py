@@ -16,7 +16,6 @@ from .adapters import adapt, budget
 from .errors import CheckpointError
 from .medsam import CHANNELS, ImageEncoder, build_encoder, no_weights, weights_sha256
 from .settings import PRESETS, Recipe, preset
-from .workspace import write_atomic
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
 _PRIOR = -4.0  # bias of the heads: lesions are rare
@@ -135,11 +134,6 @@ def weights_bytes(network: WMHNet, origin: dict[str, str]) -> bytes:
     weights and the `split` it was trained on (`RunFolder.split_text`)."""
     # One key: safetensors shuffles several.
     return save(network.trained_state(), {"wmhlib": json.dumps(origin)})
-
-
-def save_weights(network: WMHNet, origin: dict[str, str], path: str | Path) -> None:
-    """Write `weights_bytes` to a file."""
-    write_atomic(path, weights_bytes(network, origin))
 
 
 def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:

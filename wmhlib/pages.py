@@ -10,10 +10,11 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from jinja2 import Environment, FileSystemLoader
 
 from .workspace import write_atomic
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 _NOT_IN_A_REPORT = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)\s*|The first cell below .*")  # badge and instructions
 _TABLE = re.compile(r'(<table[^>]*class="[^"]*\bdataframe\b.*?</table>)(?:\s*<p>(\d+ rows × \d+ columns)</p>)?', re.S)
 _SEVERAL_PARTS = re.compile(r"\n\s*\n|^\s*([#|>]|[*+-] |\d+\. )")  # Markdown that is more than one paragraph
@@ -24,6 +25,13 @@ _QUIET = ("--headless", "--disable-gpu", "--disable-quic", "--disable-background
           "--disable-component-update", "--disable-sync", "--no-first-run",
           *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []))  # root has no sandbox
 _LONGEST_S = 120
+
+
+def render(template: str, **content) -> str:
+    """A template of this library filled with `content`, whose text is escaped."""
+    environment = Environment(loader=FileSystemLoader([_TEMPLATES, _TEMPLATES / "report"]), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True)
+    return environment.get_template(template).render(**content)
 
 
 def export_html(notebook: str | Path, page: str | Path) -> Path:
@@ -44,7 +52,7 @@ def export_html(notebook: str | Path, page: str | Path) -> Path:
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]  # progress bars, warnings
             _prepare(cell.outputs)
     headings: list[tuple[int, str, str]] = []
-    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], exclude_input=True,
+    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(_TEMPLATES)], exclude_input=True,
                             exclude_anchor_links=True, embed_images=True)
     exporter.register_filter("prose", lambda html: _prose(html, headings))
     exporter.environment.globals["headings"] = headings

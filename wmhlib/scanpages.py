@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from . import bids, figures, report
-from .pages import TEMPLATES
+from .pages import render
 from .slices import head_box, outline, show, to_display
 from .viewer import viewer
 
@@ -25,7 +24,7 @@ def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Pat
     `derivatives.worth_a_look` gives it), `lesions`, and links to its files (`paths`, by what they are) and to `index`."""
     files = {key: path.name for key, path in paths.items() if key not in ("thumbnail", "page")}
     figure = base64.b64encode(overlay(case)._repr_png_()).decode()
-    return _render("scan.html.j2", row=row, figure=figure, viewer=viewer([case]), files=files,
+    return render("scan.html.j2", row=row, figure=figure, viewer=viewer([case]), files=files,
                    caption=report.caption("overlay", row["scan"]), index=os.path.relpath(index, paths["page"].parent),
                    lesions=lesions.round(3).to_html(index=False, border=0))
 
@@ -38,7 +37,7 @@ def index_page(table: pd.DataFrame, out: Path) -> str:
         thumbnail = bids.paths(Path(out), row["scan"])["thumbnail"]
         if row["status"] == "done" and thumbnail.is_file():
             row["thumbnail"] = base64.b64encode(thumbnail.read_bytes()).decode()
-    return _render("scans.html.j2", rows=rows)
+    return render("scans.html.j2", rows=rows)
 
 
 def overlay(case: dict) -> Figure:
@@ -61,9 +60,3 @@ def thumbnail(case: dict) -> bytes:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="jpg", pil_kwargs={"quality": 80})
     return buffer.getvalue()
-
-
-def _render(template: str, **content) -> str:
-    environment = Environment(loader=FileSystemLoader([TEMPLATES, TEMPLATES / "report"]), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True)
-    return environment.get_template(template).render(**content)

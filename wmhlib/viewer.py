@@ -9,19 +9,17 @@ import base64
 import io
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from contourpy import contour_generator
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from .errors import InputError
+from .pages import render
 from .slices import head_box, height_mm, to_display
 from .volumes import load_mask, load_volume
 
-_TEMPLATES = Path(__file__).resolve().parent / "templates"
 _AIR = 0.15  # of the way from dark to bright: below it is no head
 _QUALITY = 82  # of the JPEGs
 
@@ -37,9 +35,8 @@ def viewer(cases: Iterable[dict]) -> str:
     if not content:
         raise InputError("no case to view: expected at least one")
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("viewer.html.j2").render(
-        cases=content, first=content[0], layers={name for case in content for name in case["layers"]}, data=data)
+    return render(
+        "viewer.html.j2", cases=content, first=content[0], layers={name for case in content for name in case["layers"]}, data=data)
 
 
 def case_files(rows: pd.DataFrame) -> list[dict]:
