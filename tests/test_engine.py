@@ -44,15 +44,59 @@ def test_probabilities_lie_on_the_scans_own_grid_and_tta_is_the_mean_over_views(
     assert np.array_equal(reference.affine, nib.load(flair).affine)
     plain, _ = engine.predict_volume_probs(flair, use_tta=False)
     prediction = engine.predict(load_case(flair, inputs=engine.recipe.inputs))
-    assert np.array_equal(prediction.prob, plain) and np.array_equal(prediction.prob_tta, prob)
-    assert not np.array_equal(plain, prob)
+    assert np.array_equal(prediction.prob_tta, prob) and not np.array_equal(plain, prob)
+    np.testing.assert_allclose(prediction.prob, plain, atol=1e-6)
 
 
 def test_tta_of_a_turned_canvas_is_the_turned_tta():
     engine = WMHInferenceEngine(network("operating.views=8"))
     image = torch.randn(2, 1, 64, 64)
-    mean = engine._views(image, 8).mean(0)
-    torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), 8).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
+    mean = engine._views(image, _VIEWS[8]).mean(0)
+    torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), _VIEWS[8]).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_no_more_slices_than_the_setting_says_are_in_a_forward_pass(size, cohort):
+    engine = WMHInferenceEngine(network(f"operating.views=8 operating.batch_size={size} inputs.context=1"), "cpu")
+    whole = WMHInferenceEngine(network("operating.views=8 inputs.context=1"), "cpu")
+    seen = []
+    engine._network.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    case = load_case(cohort.flair[0], inputs=engine.recipe.inputs)
+    prediction = engine.predict(case)
+    assert max(seen) <= size and sum(seen) == 8 * (case.grid.depth - prediction.skipped)
+    np.testing.assert_allclose(prediction.prob_tta, whole.predict(case).prob_tta, atol=1e-6)
+
+
+def test_slices_without_brain_are_skipped_and_counted(cohort, tmp_path):
+    image = nib.load(cohort.flair[0])  # slices along the last axis, the vertex at its end
+    data = np.concatenate([np.repeat(image.get_fdata()[..., :1], 40, 2), image.get_fdata()], 2)
+    affine = image.affine.copy()
+    affine[:3, 3] -= 40 * affine[:3, 2]
+    nib.save(nib.Nifti1Image(data.astype(np.float32), affine), tmp_path / "neck.nii.gz")
+    engine = WMHInferenceEngine(network(), "cpu")
+    case = load_case(tmp_path / "neck.nii.gz", inputs=engine.recipe.inputs)
+    prediction = engine.predict(case)
+    shown = prediction.prob.any((0, 1))
+    assert prediction.skipped == np.count_nonzero(~shown) and not shown[:20].any()
+    assert shown[case.inner.any((0, 1))].all()
+
+
+def test_inference_weights_give_what_the_trained_network_gives():
+    model, image = network(), torch.randn(2, 1, 64, 64)
+    merged = model.for_inference("no")
+    assert not any("lora" in name for name, _ in merged.named_parameters()) and any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(merged(image)[0], model(image)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_weights_in_the_computing_precision_change_nothing():
+    model, image = network(), torch.randn(2, 1, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(image)[0]
+        after = model.cast_frozen("bf16")(image)[0]
+    assert torch.equal(before, after)
+    kinds = {name: parameter.dtype for name, parameter in model.encoder.named_parameters()}
+    assert kinds["base_model.model.blocks.0.mlp.lin1.base_layer.weight"] == torch.bfloat16
+    assert all(kind == torch.float32 for name, kind in kinds.items() if "lora" in name)
 
 
 def test_threshold_and_component_filter():

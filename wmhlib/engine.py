@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import with_context
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import filter_components, smallest
-from .network import WMHNet, load_network, native_precision
-from .volumes import AIR, Case, case_canvas, from_canvas, load_case
+from .network import WMHNet, dtype_of, load_network, native_precision
+from .volumes import Case, brain_slices, case_canvas, from_canvas, load_case
 from .workspace import RunFolder
 
 # The views of test-time augmentation as (quarter turns, mirrored): none, left-right, both flips, all of D4.
@@ -28,11 +27,12 @@ _VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) f
 @dataclass(frozen=True)
 class Prediction:
     """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view and its mean
-    over all views (TTA; without it the plain view again)."""
+    over all views (TTA; without it the plain view again). `skipped`: how many slices show no brain and were not looked at."""
 
     case: Case
     prob: np.ndarray
     prob_tta: np.ndarray
+    skipped: int
 
 
 class WMHInferenceEngine:
@@ -46,7 +46,9 @@ class WMHInferenceEngine:
                  point: dict | None = None):
         self.recipe = model.recipe
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        self.model = model.eval()
+        self.precision = native_precision(self.recipe.training.precision, self.device)
+        self._network = model.for_inference(self.precision).to(self.device)
         self.img_size = img_size or self.recipe.inputs.img_size
         if self.img_size % 16:
             raise InputError(f"img_size {self.img_size} is impossible: expected a multiple of 16 pixels")
@@ -67,25 +69,31 @@ class WMHInferenceEngine:
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
-        """Probabilities of every voxel of `case`; slices without tissue are 0 and skipped."""
-        images = case_canvas(case, self.img_size)
-        plain, mean = (torch.zeros(images.shape[1:]) for _ in range(2))
-        filled = torch.nonzero((images[0] > 0.5 * AIR).any(-1).any(-1)).flatten()
-        views = self.recipe.operating.views if use_tta else 1
-        for some in filled.split(max(1, self.recipe.operating.batch_size)):
-            batch = torch.stack([with_context(images, int(z), self.recipe.inputs.context) for z in some]).to(self.device)
-            probabilities = self._views(batch, views)
-            plain[some], mean[some] = probabilities[0].cpu(), probabilities.mean(0).cpu()
-        return Prediction(case, *(from_canvas(x, case.grid).clip(0, 1) for x in (plain, mean)))
+        """Probabilities of every voxel of `case`; slices that show no brain are 0 and skipped.
+
+        Slices are read, predicted and written back in groups: beside the scan's own arrays no more than `operating.batch_size`
+        canvases are held, whatever the number of slices and views.
+        """
+        plain, mean = (np.zeros(case.grid.shape, np.float32) for _ in range(2))
+        filled, context = brain_slices(case), self.recipe.inputs.context
+        views = _VIEWS[self.recipe.operating.views if use_tta else 1]
+        for places in filled.split(max(1, self.recipe.operating.batch_size // len(views))):
+            around = (places[:, None] + torch.arange(-context, context + 1)).clamp(0, case.grid.depth - 1)
+            near, number = around.unique(return_inverse=True)
+            batch = case_canvas(case, self.img_size, near)[:, number].transpose(0, 1).flatten(1, 2)
+            probabilities = self._views(batch.to(self.device), views)
+            for out, canvas in ((plain, probabilities[0]), (mean, probabilities.mean(0))):
+                from_canvas(canvas.clamp(0, 1), case.grid, places, out)
+        return Prediction(case, plain, mean, case.grid.depth - len(filled))
 
     @torch.inference_mode()
-    def _views(self, batch: Tensor, views: int) -> Tensor:
+    def _views(self, batch: Tensor, views: Sequence[tuple[int, bool]]) -> Tensor:
         """B x C x S x S -> probabilities views x B x S x S, each turned back; the first is the plain view."""
-        precision = native_precision(self.recipe.training.precision, self.device)
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype, enabled=precision != "no"):
-            return torch.stack([
-                unturn(torch.sigmoid(self.model(turn(batch, *view))[0].float()), *view)[:, 0] for view in _VIEWS[views]])
+        turned = torch.cat([turn(batch, *view) for view in views])
+        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
+            logits = [self._network(some)[0] for some in turned.split(self.recipe.operating.batch_size)]
+        probabilities = torch.sigmoid(torch.cat(logits).float())[:, 0].unflatten(0, (len(views), -1))
+        return torch.stack([unturn(x, *view) for x, view in zip(probabilities, views)])
 
     def predict_volume_probs(self, flair: str | Path, use_tta: bool = True,
                              t1: str | Path | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:

@@ -74,7 +74,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
     """
     training = replace(recipe.training, gradient_checkpointing=gradient_checkpointing)
     with torch.device("meta"):
-        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint="")))
+        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen(precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
         side, held = recipe.inputs.img_size, _Held()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attend
 from .errors import CheckpointError
 from .settings import Encoder
 
@@ -36,17 +37,29 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        q, k, v = self.qkv(x).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        grid = q.reshape(b, self.heads, h, w, -1)
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _offsets(self.rel_pos_h, h).to(q.dtype))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _offsets(self.rel_pos_w, w).to(q.dtype))
-        q = torch.cat([q * q.shape[-1] ** -0.5, torch.cat([rows, columns], -1).flatten(2, 3)], -1)
-        places = torch.cat([torch.eye(h).repeat_interleave(w, 0), torch.eye(w).repeat(h, 1)], -1).to(k)
+    def forward(self, x: Tensor, window: int = 0) -> Tensor:
+        """`window`: side in tokens of the windows that attend within themselves; 0: the whole map does."""
+        qkv = self.qkv(x)
+        if not window:
+            return self.proj(self._attend(qkv, qkv))
+        # SAM pads the map with zeros, whose keys and values are one and the same vector: only tokens of the map are projected and ask.
+        padding, strips = self.qkv(x.new_zeros(x.shape[-1])), []
+        for rows in _cut(x.shape[1], window):
+            parts = [_to_windows(qkv[:, rows, columns], window) for columns in _cut(x.shape[2], window)]
+            strips.append(torch.cat([_from_windows(self._attend(part, _pad(part, window, padding)), len(x), rows.stop - rows.start) for part in parts], 2))
+        return self.proj(torch.cat(strips, 1))
+
+    def _attend(self, asking: Tensor, asked: Tensor) -> Tensor:
+        """Queries of B x h x w x 3C, keys and values of B x H x W x 3C, of which the former is the upper left part -> B x h x w x C."""
+        (b, h, w, _), (height, width) = asking.shape, asked.shape[1:3]
+        q = asking.unflatten(-1, (3, self.heads, -1))[:, :, :, 0].permute(0, 3, 1, 2, 4)
+        k, v = asked.unflatten(-1, (3, self.heads, -1)).flatten(1, 2)[:, :, 1:].permute(2, 0, 3, 1, 4)
+        rows = torch.einsum("bnhwc,hkc->bnhwk", q, _offsets(self.rel_pos_h, height)[:h].to(q.dtype))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", q, _offsets(self.rel_pos_w, width)[:w].to(q.dtype))
+        q = torch.cat([q * q.shape[-1] ** -0.5, rows, columns], -1).flatten(2, 3)
+        places = torch.cat([torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)], -1).to(k)
         k = torch.cat([k, places.expand(b, self.heads, -1, -1)], -1)
-        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
+        return attend(q, k, v).transpose(1, 2).reshape(b, h, w, -1)
 
 
 class Block(nn.Module):
@@ -64,11 +77,7 @@ class Block(nn.Module):
         self.mlp.add_module("lin2", nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.window:
-            windows, padded = _to_windows(self.norm1(x), self.window)
-            x = x + _from_windows(self.attn(windows), padded, x.shape)
-        else:
-            x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x), self.window)
         return x + self.mlp(self.norm2(x))
 
 
@@ -97,7 +106,7 @@ class ImageEncoder(nn.Module):
                                   nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), LayerNorm2d(CHANNELS, eps=1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed.proj(x).permute(0, 2, 3, 1)
+        x = self.patch_embed.proj(x).permute(0, 2, 3, 1).contiguous()
         x = x + _positions(self.pos_embed, x.shape[1], x.shape[2])
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
@@ -185,15 +194,24 @@ def _offsets(table: Tensor, size: int) -> Tensor:
     return table[places[:, None] - places[None, :] + size - 1]
 
 
-def _to_windows(x: Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """B x H x W x C -> (B n) x size x size x C, padded with zeros below and to the right."""
+def _cut(length: int, window: int) -> list[slice]:
+    """The part of a side that whole windows fill, and the rest."""
+    whole = length // window * window
+    return [part for part in (slice(0, whole), slice(whole, length)) if part.start < part.stop]
+
+
+def _to_windows(x: Tensor, size: int) -> Tensor:
+    """B x H x W x C -> (B n) x h x w x C: windows of `size`, or all there is along a side that is shorter."""
+    return x.unflatten(2, (-1, min(size, x.shape[2]))).unflatten(1, (-1, min(size, x.shape[1]))).transpose(2, 3).flatten(0, 2)
+
+
+def _from_windows(x: Tensor, batch: int, height: int) -> Tensor:
+    """(B n) x h x w x C -> B x H x W x C, the inverse for a map of `height`."""
+    return x.unflatten(0, (batch, height // x.shape[1], -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _pad(x: Tensor, size: int, fill: Tensor) -> Tensor:
+    """B x h x w x C -> B x size x size x C with `fill` (C) below and to the right."""
     b, h, w, c = x.shape
-    x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
-    rows, columns = x.shape[1] // size, x.shape[2] // size
-    x = x.view(b, rows, size, columns, size, c).transpose(2, 3).reshape(-1, size, size, c)
-    return x, (rows, columns)
-
-
-def _from_windows(x: Tensor, windows: tuple[int, int], shape: torch.Size) -> Tensor:
-    (rows, columns), (b, h, w, c), size = windows, shape, x.shape[1]
-    return x.view(b, rows, columns, size, size, c).transpose(2, 3).reshape(b, rows * size, columns * size, c)[:, :h, :w]
+    x = torch.cat([x, fill.expand(b, h, size - w, c)], 2) if w < size else x
+    return torch.cat([x, fill.expand(b, size - h, size, c)], 1) if h < size else x

@@ -56,7 +56,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
     with _main_speaks_first(accelerator), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
-        network = WMHNet(recipe).to(accelerator.device)
+        network = WMHNet(recipe).cast_frozen(accelerator.mixed_precision).to(accelerator.device)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
         job = Job(run, recipe, accelerator, network, accelerator.prepare(optimizer), GradientSum(network), StepStatistics(network),

@@ -29,6 +29,7 @@ _COARSE_MM = 4.0  # grid on which the head is found
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
 _CEREBRUM_MM = 110.0  # from the vertex down
+_BELOW_MM = 60.0  # of the cerebrum's lower end: cerebellum and brain stem
 _SHIFT_MM = 0.1  # between grids that count as one
 _MAX_VOXELS, _MAX_SLICES = 1 << 28, 2048
 _MM, _EXTENT_MM = (0.1, 30.0), 1500.0  # of a voxel; of a scan
@@ -62,6 +63,11 @@ class Grid:
     orientation: np.ndarray
     columns: tuple[int, int]
     rows: tuple[int, int]
+
+    @property
+    def depth(self) -> int:
+        """Axial slices."""
+        return self.shape[int(np.flatnonzero(self.orientation[:, 0] == 2)[0])]
 
 
 @dataclass(frozen=True)
@@ -163,9 +169,10 @@ def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan"
     return np.clip((data - centre) / (width / 1.349), AIR, BRIGHTEST).astype(np.float32)
 
 
-def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0) -> torch.Tensor:
-    """H x W x D on the scan's grid -> float32 D x size x size; `fill` outside the scan."""
+def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0, places: torch.Tensor | None = None) -> torch.Tensor:
+    """H x W x D on the scan's grid -> float32 D x size x size; `fill` outside the scan. With `places` only these slices."""
     lps = apply_orientation(array, ornt_transform(grid.orientation, _LPS))
+    lps = lps if places is None else lps[..., places.numpy()]
     window = torch.full((lps.shape[2], grid.rows[1], grid.columns[1]), fill)
     (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), lps.shape))
     window[:, cy : cy + y1 - y0, cx : cx + x1 - x0] = torch.from_numpy(
@@ -183,21 +190,30 @@ def mask_canvas(mask: np.ndarray, grid: Grid, size: int) -> torch.Tensor:
     return canvas
 
 
-def case_canvas(case: Case, size: int) -> torch.Tensor:
-    """Every modality of `case` on the canvas: float32 M x D x size x size; air around the scan, an absent T1 all 0."""
-    return torch.stack([to_canvas(image, case.grid, size, AIR if image.any() else 0.0) for image in case.images])
+def case_canvas(case: Case, size: int, places: torch.Tensor | None = None) -> torch.Tensor:
+    """Every modality of `case` on the canvas: float32 M x D x size x size, or the slices `places` of it; air around the scan,
+    an absent T1 all 0."""
+    return torch.stack([to_canvas(image, case.grid, size, AIR if image.any() else 0.0, places) for image in case.images])
 
 
-def from_canvas(canvas: torch.Tensor, grid: Grid) -> np.ndarray:
-    """D x size x size -> float32 H x W x D on the scan's own grid and orientation, 0 outside the window."""
+def brain_slices(case: Case) -> torch.Tensor:
+    """Numbers, on the canvas, of the slices that may show brain: with tissue, and not below the cerebellum."""
+    (image, inner), spacing = reorient(case.volume.affine, "LPS", case.images[0], case.inner)
+    lowest = np.flatnonzero(inner.any((0, 1)))[0] - _BELOW_MM / spacing[2]
+    shown = (image > 0.5 * AIR).any((0, 1)) & (np.arange(image.shape[2]) >= lowest)
+    return torch.from_numpy(np.flatnonzero(shown))
+
+
+def from_canvas(canvas: torch.Tensor, grid: Grid, places: torch.Tensor | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    """D x size x size -> float32 H x W x D on the scan's own grid and orientation, 0 outside the window. With `places` the
+    canvas holds these slices only, which are written into `out`."""
+    out = np.zeros(grid.shape, np.float32) if out is None else out
     window = F.interpolate(canvas[:, None].float().cpu(), (grid.rows[1], grid.columns[1]), mode="bilinear", antialias=True)
-    to_lps = ornt_transform(grid.orientation, _LPS)
-    shape = np.empty(3, int)
-    shape[to_lps[:, 0].astype(int)] = grid.shape
-    lps = np.zeros(shape, np.float32)
-    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), shape))
-    lps[x0:x1, y0:y1] = window[:, 0, cy : cy + y1 - y0, cx : cx + x1 - x0].numpy().transpose(2, 1, 0)
-    return np.ascontiguousarray(apply_orientation(lps, ornt_transform(_LPS, grid.orientation)))
+    lps = apply_orientation(out, ornt_transform(grid.orientation, _LPS))  # a view
+    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), lps.shape))
+    part = window[:, 0, cy : cy + y1 - y0, cx : cx + x1 - x0].numpy().transpose(2, 1, 0)
+    lps[x0:x1, y0:y1, slice(None) if places is None else places.numpy()] = part
+    return out
 
 
 def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
