@@ -81,11 +81,15 @@ def test_what_fits_nowhere_says_what_to_change(pretend, monkeypatch):
         fit(preset("colab"), pretend("T4"))
 
 
-def test_data_and_processes_share_the_memory_of_a_cpu(pretend, formula):
+def test_processes_share_the_memory_of_a_cpu_and_mapped_slices_need_none(pretend, formula):
     device = pretend("laptop")
     assert chosen(fit(preset("colab"), device, processes=2)[0])[:2] == (4, 4)
-    assert chosen(fit(preset("colab"), device, processes=2, data=4 * 10**9)[0])[:2] == (2, 8)
-    assert chosen(fit(preset("colab"), pretend("T4"), processes=2, data=4 * 10**9)[0])[:2] == (4, 4)
+    assert chosen(fit(preset("colab"), device, processes=4)[0])[:2] == (2, 8)
+    assert chosen(fit(preset("colab"), pretend("T4"), processes=4)[0])[:2] == (4, 4)
+    device = pretend("laptop")
+    alone = expected_peak(preset("colab"), device)
+    assert expected_peak(preset("colab"), device, 10**9) == alone + 10**9
+    assert expected_peak(preset("colab"), device, 10**12) == hardware.device_memory(device)[1]
 
 
 def test_with_fit_device_off_only_the_precision_is_set(pretend, formula):

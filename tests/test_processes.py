@@ -33,6 +33,8 @@ def test_two_processes_go_on_to_the_weights_of_one_and_only_one_of_them_writes_a
     done = in_two_processes(two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on from epoch_0001.pt") == 1 and done.stdout.count("epoch   2/2") == 1
+    half = -(-int((one.cases().split == "train").sum()) // 2)
+    assert f"| {half}/{half} [" in done.stderr  # cases that the main process read
     first, expected, found = (load_checkpoint(run.checkpoints / f"epoch_000{n}.pt") for run, n in ((one, 1), (one, 2), (two, 2)))
     for part in ("network", "average"):
         for name, tensor in expected[part].items():

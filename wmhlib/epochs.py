@@ -105,7 +105,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
     return {"lr": lr} | means, len(places)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Places) -> dict[str, float]:
     """val_loss, and the mean over cases of the Dice at 0.5 over a case's `places`: val_dice, and val_dice <site> of each site.
     The batches are spread over the processes; cases without lesion pixels in reference and result count nowhere."""

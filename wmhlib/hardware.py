@@ -91,21 +91,24 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
 
 
 def expected_peak(recipe: Recipe, device: torch.device, data: int = 0) -> int:
-    """What `measured_peak` will show when `recipe` trains on `device`, with `data` bytes of slices in the machine's memory: on a
-    CPU within 15 % of what was measured (Linux, presets demo and colab); on a GPU the tensors alone."""
+    """What `measured_peak` will show when `recipe` trains on `device`: on a CPU within 15 % of what was measured (Linux, presets
+    demo and colab), with the `data` bytes of slices mapped from a file, as far as memory is left for them; on a GPU the tensors alone."""
     training = recipe.training
     tensors = estimate(recipe, training.batch_size, training.gradient_checkpointing, native_precision(training.precision, device))
-    return int(_PROCESS + data + _MALLOC * tensors) if device.type == "cpu" else tensors
+    if device.type != "cpu":
+        return tensors
+    held = int(_PROCESS + _MALLOC * tensors)
+    return held + min(data, max(0, device_memory(device)[1] - held))
 
 
-def fit(recipe: Recipe, device: torch.device, data: int = 0, processes: int = 1) -> tuple[Recipe, str]:
+def fit(recipe: Recipe, device: torch.device, processes: int = 1) -> tuple[Recipe, str]:
     """`recipe` with precision, micro-batches and gradient checkpointing as `device` can take them, and a sentence that says why.
 
     An optimiser step keeps its slices: `batch_size` becomes the largest divisor of batch_size x accumulation, up to what
     the recipe asks, with which the expected peak stays below `SHARE` of the memory, and `accumulation` follows. It is
     never larger than asked, for BatchNorm normalises over a micro-batch, and several processes share those of a step.
-    Gradients are checkpointed where one slice alone does not fit without. Device and recipe decide, on a CPU also the
-    memory that `data` and several `processes` take. `data`: bytes of slices in memory; `processes`: of this training on this machine.
+    Gradients are checkpointed where one slice alone does not fit without. Device and recipe decide, on a CPU also how
+    many `processes` of this training share the machine.
 
     Raises RecipeError where nothing fits. With `training.fit_device` off only the precision is set.
     """
@@ -121,7 +124,7 @@ def fit(recipe: Recipe, device: torch.device, data: int = 0, processes: int = 1)
     for checkpointed, size in itertools.product(modes, sizes):
         training = replace(asked, batch_size=size, accumulation=slices // size, gradient_checkpointing=checkpointed, precision=precision)
         fitted = replace(recipe, training=training)
-        peaks.append(expected_peak(fitted, device, data))
+        peaks.append(expected_peak(fitted, device))
         if peaks[-1] <= SHARE * memory or not asked.fit_device:
             return fitted, _sentence(name, memory, asked, training, peaks)
     raise RecipeError(

@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -144,13 +145,13 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
 def _fitted(job: Job, data: int, first_epoch: int, progress: bool) -> Monitor:
     """Let micro-batches and gradient checkpointing be such that they fit, the same in all processes; `data`: bytes of all slices."""
     accelerator = job.accelerator
-    fitted, why = hardware.fit(job.recipe, accelerator.device, data, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    fitted, why = hardware.fit(job.recipe, accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     job.recipe = Recipe.from_json(from_main(accelerator, {"recipe": fitted.to_json()})["recipe"])
     job.network.checkpoint_gradients(job.recipe.training.gradient_checkpointing)
     if progress:
         counts, processes = budget(job.network), accelerator.num_processes
         print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.2f} %) on "
-              f"{accelerator.device}{f' and {processes - 1} more' if processes > 1 else ''}\n{why}", flush=True)
+              f"{accelerator.device}{f' and {processes - 1} more' if processes > 1 else ''}\n{why}; {data / 1e9:.1f} GB of slices in {tempfile.gettempdir()}", flush=True)
     return Monitor(job.run, job.recipe, accelerator.device, first_epoch, hardware.expected_peak(job.recipe, accelerator.device, data), why,
                    progress, accelerator.is_main_process)
 
