@@ -92,11 +92,12 @@ table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "status"]].round
 # Outlines, probability, and where the network is in two minds: unsure scans before others, then those with most lesion.
 
 # %%
-for scan in derivatives.worth_a_look(table, out):
+shown = list(derivatives.worth_a_look(table, out))
+for scan in shown:
     display(scanpages.overlay(scan), Markdown(report.caption("overlay", f"{scan['case']}, {scan['site']}")))
 
 # %% [markdown]
 # The same scans, every slice.
 
 # %%
-display(HTML(viewer.viewer(derivatives.worth_a_look(table, out))))
+display(HTML(viewer.viewer(shown)))

@@ -311,6 +311,15 @@ def test_ten_bad_cases_are_listed_and_the_others_counted(tiny_nifti):
         cohort.check_cases(many)
 
 
+def test_the_checks_are_the_same_on_any_number_of_threads(split_cohort, monkeypatch):
+    found = []
+    for threads in (1, 5):
+        monkeypatch.setattr(cohort.torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(cohort.check_cases(split_cohort[0]))
+    pd.testing.assert_frame_equal(*found)
+    assert found[0].case.tolist() == split_cohort[0].case.tolist() and found[0].digest.nunique() == 9
+
+
 def test_one_scan_under_two_names_is_refused(tiny_nifti, tmp_path):
     case_on_disk(tiny_nifti)
     case_on_disk(tiny_nifti, case="Singapore/8")

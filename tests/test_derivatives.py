@@ -7,7 +7,6 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
@@ -21,12 +20,10 @@ LESION = (slice(10, 13), slice(12, 15), slice(5, 7))
 class Engine:
     """Finds the brightest voxels, and counts the scans it was shown."""
 
-    img_size = 64
+    img_size, precision = 64, "no"
 
     def __init__(self, weight=0.0, recipe="", **point):
-        self.model = torch.nn.Linear(1, 1)
-        torch.nn.init.constant_(self.model.weight, weight)
-        torch.nn.init.zeros_(self.model.bias)
+        self.model = SimpleNamespace(fingerprint=lambda: f"{weight:064}")
         self.recipe = preset("smoke", recipe)
         self.point = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True) | point
         self.seen = []
@@ -34,7 +31,7 @@ class Engine:
     def predict(self, case):
         self.seen.append(case.volume.path.name)
         prob = np.where(case.volume.data > 150, 0.9, 0.1).astype(np.float32)
-        return SimpleNamespace(case=case, prob=prob / 2, prob_tta=prob)
+        return SimpleNamespace(case=case, prob=prob / 2, prob_tta=prob, skipped=2)
 
     def segment(self, prediction):
         return prediction.prob_tta >= self.point["threshold"]
@@ -127,7 +124,7 @@ def test_a_bad_scan_is_reported_and_the_others_go_on(scan, tmp_path, capsys):
     assert table.status.tolist() == ["failed", "done", "failed", "done"]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and re.match(r"\[1/4\] sub-broken failed: .*broken.nii.gz", printed[0])
-    assert re.fullmatch(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s\)", printed[1]) and "does not exist" in printed[2]
+    assert re.fullmatch(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s, 2 slices without brain skipped\)", printed[1]) and "does not exist" in printed[2]
     written = pd.read_csv(tmp_path / "out" / derivatives.TABLE).set_index("scan")
     assert written.volume_ml["sub-01"] == pytest.approx(0.054) and "absent.nii.gz" in written.reason["sub-absent"]
     assert "absent.nii.gz does not exist" in (tmp_path / "out" / derivatives.INDEX).read_text()

@@ -1,10 +1,12 @@
 """One pass over predicted cases: masks and scores of the systems, lesions, zones, calibration, the flag; files and limits."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 
 from wmhlib import evaluation
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
@@ -61,6 +63,16 @@ def test_lesions_give_the_recall_and_precision_of_the_scores(patchy):
     np.testing.assert_allclose(2 / (1 / hits.reference + 1 / hits.result), own.f1)
     volumes = found.lesions.groupby(["case", "kind"]).volume_mm3.sum().unstack() / 1000
     np.testing.assert_allclose(volumes, own[["reference_ml", "result_ml"]])
+
+
+def test_tables_do_not_depend_on_how_volumes_lie_in_memory(patchy):
+    case = patchy()
+    turned = case | {name: np.asfortranarray(a) for name, a in case.items() if isinstance(a, np.ndarray)}
+    found, other = (evaluate([one], POINT, Operating()) for one in (case, turned))
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(other, name), check_exact=True)
+    labels, _ = ndimage.label((case["reference"] == 1).T, np.ones((3, 3, 3)))  # the first axis runs fastest, as in a file
+    assert found.lesions[found.lesions.kind == "reference"].voxels.tolist() == np.bincount(labels.ravel())[1:].tolist()
 
 
 def test_zones_follow_the_10_mm_rule(patchy):
@@ -140,12 +152,16 @@ def test_cases_are_read_once_and_one_at_a_time(patchy):
     passed = []
 
     def stream():
-        for i in range(2):
-            passed.append(i)
-            yield patchy(i, f"Utrecht_{i}")
+        for i in range(4):
+            assert sum(array() is not None for array in passed) <= 1, "an earlier case than the last is still held"
+            case = patchy(i, f"Utrecht_{i}")
+            passed.append(weakref.ref(case["flair"]))
+            yield case
+            del case
 
     found = evaluate(stream(), POINT, Operating())
-    assert passed == [0, 1] and len(found.uncertainty) == 2
+    assert len(passed) == len(found.uncertainty) == 4
+    assert not any(array() is not None for array in passed), "the gallery keeps slices, not scans"
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.metrics = None
 

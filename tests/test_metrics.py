@@ -7,14 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from wmhlib import InputError
 from wmhlib.metrics import (
+    bounding_box,
     challenge_scores,
+    components,
     filter_components,
-    label_components,
     lesion_table,
     volume_ml,
+    voxels,
 )
 
 SPACING = (0.9, 1.1, 3.0)
@@ -91,9 +94,65 @@ def test_properties(a, b):
     same = challenge_scores(a, a, SPACING)
     if a.any():
         assert (same["dsc"], same["avd"], same["recall"], same["f1"]) == (1, 0, 1, 1) and not same["hd95"] > 0
-    assert label_components(a)[1] == ndimage.label(a, np.ones((3, 3, 3)))[1]
     kept = filter_components(a, 3)
     assert (kept <= a.astype(bool)).all() and (filter_components(kept, 3) == kept).all()
+
+
+def laid_out(mask, layout):
+    """The same mask in C or Fortran order, or with gaps between its voxels."""
+    if layout != "gaps":
+        return np.array(mask, order=layout)
+    wide = np.ones([2 * n for n in mask.shape], bool)
+    wide[::2, ::2, ::2] = mask
+    return wide[::2, ::2, ::2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks, st.sampled_from(["C", "F", "gaps"]), st.integers(1, 9))
+def test_components_and_their_filter_equal_scipys_in_any_layout(mask, layout, smallest):
+    labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    mask = laid_out(mask.astype(bool), layout)
+    at, found, n = components(mask)
+    assert n == count and len(found) == mask.sum() and np.array_equal(found, labels[at])
+    kept = (np.bincount(labels.ravel()) >= smallest)[labels] & (labels > 0)
+    assert np.array_equal(filter_components(mask, smallest), kept)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1), (1, 1, 7), (3, 1, 5), (3, 3, 3), (9, 5, 7)])
+def test_as_many_components_as_fit_in_a_box_are_told_apart(shape):
+    mask = np.zeros((12, 12, 12), bool)
+    mask[tuple(slice(2, 2 + n, 2) for n in shape)] = True
+    assert components(mask)[2] == mask.sum() and not filter_components(mask, 2).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(masks, masks, st.integers(0, 2))
+def test_a_bounding_box_is_as_small_as_can_be(a, b, margin):
+    a, b = a.astype(bool), b.astype(bool)
+    box = bounding_box(a, b, margin=margin)
+    either, inside = np.argwhere(a | b), np.zeros(a.shape, bool)
+    inside[box] = True
+    expected = np.zeros(a.shape, bool)
+    if len(either):
+        expected[tuple(slice(max(0, low - margin), high + margin + 1) for low, high in zip(either.min(0), either.max(0)))] = True
+    assert np.array_equal(inside, expected)
+
+
+def test_voxels_come_as_they_lie_in_memory():
+    mask = blobs(3)
+    assert np.array_equal(np.stack(voxels(mask), 1), np.argwhere(mask))
+    assert np.array_equal(np.stack(voxels(np.asfortranarray(mask)), 1), np.argwhere(mask.T)[:, ::-1])
+
+
+@pytest.mark.parametrize("corner", [(0, 0, 0), (9, 4, 2), (11, 0, 5)])
+def test_hd95_in_a_box_equals_that_of_the_whole_scan_to_the_last_digit(corner):
+    masks = np.zeros((2, 51, 48, 18), bool)
+    place = tuple(slice(start, start + n) for start, n in zip(corner, (40, 36, 12)))
+    masks[0][place], masks[1][place] = blobs(4), blobs(5)
+    borders = [m & ~ndimage.binary_erosion(m, np.ones((3, 3, 1)), border_value=1) for m in masks]
+    a, b = (np.argwhere(border) * np.array(SPACING) for border in borders)
+    whole = max(np.percentile(cKDTree(one).query(other)[0], 95) for one, other in ((a, b), (b, a)))
+    assert challenge_scores(masks[0], masks[1], SPACING)["hd95"] == whole
 
 
 def test_other_pathology_counts_neither_way():

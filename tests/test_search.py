@@ -1,13 +1,17 @@
-"""The fast grid against a naive loop; what is refused; plateaus preferred to spikes; the z-score baseline."""
+"""The fast grid against naive loops, to the last digit; cases in a stream; what is refused; plateaus preferred to spikes; the z-score baseline."""
 
 import json
+import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from wmhlib import InputError
+from wmhlib import InputError, metrics
 from wmhlib.metrics import challenge_scores, smallest
 from wmhlib.search import PER_CASE, ZSCORES, choose, compare, plateau, search
 from wmhlib.settings import Operating
@@ -45,6 +49,83 @@ def test_grid_equals_the_naive_loop():
         found = table.loc[row[0], [PER_CASE + c["case"] for c in cases]].astype(float)
         np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0)
         assert row[1]["dsc"] == pytest.approx(np.nanmean(expected), abs=1e-12)
+
+
+def naive_dice_grid(prob, lesion, ignored, thresholds, sizes):
+    """Dice, thresholds x sizes (voxels): each point labels its mask anew and drops small components one by one."""
+    dice = np.full((len(thresholds), len(sizes)), np.nan)
+    for i, threshold in enumerate(thresholds):
+        for j, size in enumerate(sizes):
+            result = prob >= threshold
+            labels, count = ndimage.label(result, np.ones((3, 3, 3)))
+            for number in range(1, count + 1):
+                component = labels == number
+                if component.sum() < size:
+                    result[component] = False
+            result &= ~ignored
+            if lesion.any():
+                dice[i, j] = 2 * int((result & lesion).sum()) / (int(result.sum()) + int(lesion.sum()))
+    return dice
+
+
+def assert_equals_naive_grid(prob, reference):
+    operating = Operating(thresholds=(0.2, 0.35, 0.6, 0.8), sizes=(1, 2, 3, 5, 8, 12), sizes_mm3=(4.0,))
+    item = dict(case="c", split="val", spacing=(1, 1, 1), reference=reference, prob=prob, prob_tta=prob[::-1],
+                flair_z=prob, inner=np.ones(prob.shape, bool))
+    table = search([item], operating)[0].query("unit == 'voxels'")
+    expected = [naive_dice_grid(p, reference == 1, reference == 2, operating.thresholds, operating.sizes) for p in (prob, prob[::-1])]
+    np.testing.assert_array_equal(table[PER_CASE + "c"].to_numpy(), np.ravel(expected))
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float32, (6, 5, 4), elements=st.sampled_from(np.float32([0, 0, 0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.9]))),
+       arrays(np.uint8, (6, 5, 4), elements=st.sampled_from([0, 0, 0, 1, 2])), st.sampled_from("CF"))
+def test_grid_equals_labelling_each_point_anew_to_the_last_digit(prob, reference, order):
+    assert_equals_naive_grid(prob, np.asarray(reference, order=order))
+
+
+@pytest.mark.parametrize("change", ["none", "no lesion", "no other pathology", "all is other pathology", "nothing found", "all is found"])
+def test_grid_of_blobs_equals_labelling_each_point_anew_to_the_last_digit(change):
+    item = case(7)
+    prob, reference = item["prob"], item["reference"].copy(order="F")
+    if change == "no lesion":
+        reference[reference == 1] = 0
+    elif change == "no other pathology":
+        reference[reference == 2] = 0
+    elif change == "all is other pathology":
+        reference[1:] = 2
+    elif change != "none":
+        prob = np.full_like(prob, 0.1 if change == "nothing found" else 0.99)
+    assert_equals_naive_grid(prob, reference)
+
+
+def test_each_threshold_is_labelled_once_in_the_box_of_its_voxels(monkeypatch):
+    item, label, sizes = case(0), metrics.cc3d.connected_components, []
+
+    def counted(mask, **options):
+        sizes.append(mask.size)
+        return label(mask, **options)
+
+    monkeypatch.setattr(metrics.cc3d, "connected_components", counted)
+    volumes = ("reference", "prob", "prob_tta", "flair_z", "inner")
+    wide = item | {name: np.pad(item[name], 10, constant_values=False) for name in volumes}
+    found = search([wide], OPERATING)[0]
+    assert len(sizes) == 2 * found.threshold.nunique() and max(sizes) <= np.prod(np.add(item["prob"].shape, 1)) < wide["prob"].size / 9
+    monkeypatch.undo()
+    assert found.equals(search([item], OPERATING)[0])
+
+
+def test_cases_are_read_one_at_a_time():
+    def cases():
+        alive = []
+        for seed in range(5):
+            assert sum(array() is not None for array in alive) <= 3, "an earlier case than the last is still held"
+            item = case(seed)
+            alive += [weakref.ref(item[name]) for name in ("prob", "prob_tta", "flair_z")]
+            yield item
+            del item
+
+    assert len(search(cases(), OPERATING)[1]) == 5
 
 
 def test_cases_without_lesion_are_left_out_of_every_point_and_counted():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from test_engine import network, origin
 
-from wmhlib import derivatives, evaluation, medsam
+from wmhlib import bids, evaluation, medsam, provenance
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.network import load_network, weights_bytes
@@ -193,9 +193,9 @@ def test_results_replace_a_link_and_do_not_write_through_it(tmp_path, tiny_nifti
                                      {"FLAIR": "x", "MadeWith": {}, "Result": {"lesions": "=1+1"}, "Files": {}},
                                      {"FLAIR": "x\0", "MadeWith": {}, "Result": {"lesions": 1, "volume_ml": 1}, "Files": {}}])
 def test_a_foreign_sidecar_is_passed_over(sidecar, tmp_path):
-    path = derivatives.bids.sidecar(derivatives.bids.paths(tmp_path, "sub-01")["mask"])
+    path = bids.sidecar(bids.paths(tmp_path, "sub-01")["mask"])
     write_atomic(path, json.dumps(sidecar))
-    assert derivatives._done_before(tmp_path) == {}
+    assert provenance.done_before(tmp_path) == {}
 
 
 def contents(folder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its statistics take half a second to import, and are, when first used
 
 from .metrics import SCORES
 
@@ -38,7 +38,7 @@ def bootstrap_ci(values, seed: int, n: int = RESAMPLES, level: float = 0.95) -> 
 
 def _tails(n: int, level: float = 0.95) -> tuple[float, float]:
     """The expanded percentiles of a bootstrap over `n` cases: as wide as t is against the normal distribution."""
-    low = float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
+    low = float(scipy.stats.norm.cdf(-np.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + level) / 2, n - 1)))
     return low, 1 - low
 
 
@@ -46,7 +46,7 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     """95 % interval of the proportion count / n (Wilson 1927); NaN for n = 0."""
     if not n:
         return np.nan, np.nan
-    z = float(stats.norm.ppf(0.975))
+    z = float(scipy.stats.norm.ppf(0.975))
     centre, half = count + z**2 / 2, z * np.sqrt(count * (n - count) / n + z**2 / 4)
     return max(0.0, float(centre - half) / (n + z**2)), min(1.0, float(centre + half) / (n + z**2))
 
@@ -62,7 +62,7 @@ def bland_altman(reference, result) -> dict:
     n = len(difference)
     bias = float(difference.mean()) if n else np.nan
     sd = float(difference.std(ddof=1)) if n > 1 else np.nan
-    t = float(stats.t.ppf(0.975, n - 1)) if n > 1 else np.nan
+    t = float(scipy.stats.t.ppf(0.975, n - 1)) if n > 1 else np.nan
     half_bias = t * sd / np.sqrt(max(n, 1))
     half_loa = t * sd * np.sqrt(1 / max(n, 1) + 1.96**2 / (2 * max(n - 1, 1)))
     out = dict(n=n, bias=bias, sd=sd, loa_low=bias - 1.96 * sd, loa_high=bias + 1.96 * sd)
@@ -111,11 +111,11 @@ def icc(reference, result) -> dict:
     cases = 2 * float(((reference + result) / 2).var(ddof=1))  # mean squares: between cases, raters, and what is left
     raters, error = n * float(difference.mean()) ** 2 / 2, float(difference.var(ddof=1)) / 2
     icc21, icc31 = (cases - error) / (cases + error + 2 * (raters - error) / n), (cases - error) / (cases + error)
-    q = stats.f.ppf(0.975, n - 1, n - 1)
+    q = scipy.stats.f.ppf(0.975, n - 1, n - 1)
     ci31 = (cases - q * error) / (cases + q * error), (q * cases - error) / (q * cases + error)
     a, b = 2 * icc21 * raters, (n * (1 + icc21) - 2 * icc21) * error
     freedom = (n - 1) * (a + b) ** 2 / ((n - 1) * a**2 + b**2) if a or b else 1.0
-    upper, lower = stats.f.ppf(0.975, n - 1, freedom), stats.f.ppf(0.975, freedom, n - 1)
+    upper, lower = scipy.stats.f.ppf(0.975, n - 1, freedom), scipy.stats.f.ppf(0.975, freedom, n - 1)
     rest = 2 * raters + (n - 2) * error
     ci21 = (n * (cases - upper * error) / (upper * rest + n * cases),
             n * (lower * cases - error) / (rest + n * lower * cases))
@@ -157,7 +157,7 @@ def compare_systems(metrics: pd.DataFrame, baseline: str = "operating point", sc
         difference = (table[baseline] - table[system]).to_numpy()
         mean, low, high, nans = bootstrap_ci(difference, seed)
         moved = difference[np.isfinite(difference) & (difference != 0)]
-        w, p = stats.wilcoxon(moved) if len(moved) >= FEWEST_PAIRS else (np.nan, np.nan)
+        w, p = scipy.stats.wilcoxon(moved) if len(moved) >= FEWEST_PAIRS else (np.nan, np.nan)
         n = len(difference) - nans
         rows[system] = dict(n=n, left_out=nans, difference=mean, low=low, high=high, zeros=n - len(moved), w=float(w), p=float(p))
     columns = ["n", "left_out", "difference", "low", "high", "zeros", "w", "p"]

@@ -7,6 +7,7 @@ anterior, z to superior), brightness relative to normal white matter.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,12 +43,14 @@ class Patient:
     """One patient as a scanner's grid samples it; tensors are columns x rows x sub-slices, in RAS order.
 
     axes: positions (mm) of columns, rows and sub-slices from the middle of the grid; centre: MNI height of that middle.
-    All is drawn from `rng` and `generator` in the order of the calls, so that the same calls give the same patient.
+    `head` is of the whole grid. What concerns the brain alone is asked of `inner`, the same patient in the part of the grid
+    (`box`) that holds the brain. All is drawn from `rng` and `generator`, which both share, in the order of the calls, so
+    that the same calls give the same patient.
     """
 
     def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator,
                  generator: torch.Generator):
-        self.axes, self.rng, self.generator = axes, rng, generator
+        self.axes, self.rng, self.generator, self.box = axes, rng, generator, (slice(None),) * 3
         self.burden = self.log_uniform(0.5, 60)  # mL
         self.age = self.uniform(0, 1)  # wide ventricles and wide sulci come together
 
@@ -57,16 +60,33 @@ class Patient:
         self.shift = np.array([self.uniform(-4, 4), self.uniform(-16, -2), centre + self.uniform(-5, 5)])
         brain, wide = template()
         pose, shift, *axes = (torch.tensor(v, dtype=torch.float32) for v in (self.pose, self.shift, *self.axes))
-        head = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) @ pose.T + shift + self.elastic(2.5, 80)
-        self.to_brain, self.depth = self.lattice(wide, head, slice(1, 3))
-        self.points = head + self.elastic(0.9, 28) + self.elastic(0.7, 12)
-        outward = torch.stack(self.lattice(wide, self.points, slice(3, 6)), -1)
-        self.points -= outward * self.uniform(-1, 2 + 5 * self.age)
-        self.to_ventricles, = self.lattice(wide, self.points, slice(0, 1))
-        near = self.to_brain < 6
-        self.template_grey, self.template_white = torch.zeros(2, *near.shape)
-        self.template_grey[near], self.template_white[near] = brain(self.points[near])
+        places = (pose @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)).view(3, *map(len, axes))
+        places += shift[:, None, None, None]
+        self.points = places.movedim(0, -1)  # ... x 3, each coordinate in one piece
+        self.deform(2.5, 80)
+        self.to_brain, self.depth = self.lattice(wide, slice(1, 3))
+        self.deform(0.9, 28)
+        self.deform(0.7, 12)
+        outward = self.lattice(wide, slice(3, 6))
+        stretch = self.uniform(-1, 2 + 5 * self.age)
+        for place, away in zip(places, outward):
+            place -= away.mul_(stretch)
+        self.to_ventricles, = self.lattice(wide, slice(0, 1))
         self.fine = self.field(7)
+        self.inner = self.around(self.to_brain < 6)
+        near = self.inner.to_brain < 6
+        self.inner.template_grey, self.inner.template_white = torch.zeros(2, *near.shape)
+        self.inner.template_grey[near], self.inner.template_white[near] = brain(self.inner.points[near])
+
+    def around(self, mask: torch.Tensor) -> Patient:
+        """The same patient in the smallest part of the grid, of whole slices, that holds `mask`."""
+        found = [mask.amax([a for a in range(3) if a != axis]).nonzero().flatten()[[0, -1]].tolist() for axis in range(3)]
+        (x0, x1), (y0, y1), (z0, z1) = found
+        part = copy.copy(self)
+        part.box = (slice(x0, x1 + 1), slice(y0, y1 + 1), slice(z0 // SUB * SUB, (z1 // SUB + 1) * SUB))
+        for name in ("points", "to_brain", "to_ventricles", "fine"):
+            setattr(part, name, getattr(self, name)[part.box])
+        return part
 
     def uniform(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
@@ -77,17 +97,20 @@ class Patient:
     def field(self, *size: float) -> torch.Tensor:
         """Smooth noise of mean 0 and variance about 1 whose bumps are `size` mm wide (one size, or one an axis)."""
         bases = [_spline((a - a[0]) / s) for a, s in zip(self.axes, size * (3 // len(size)))]
-        return _raise(3 * torch.randn([b.shape[1] for b in bases], generator=self.generator), bases)
+        knots = 3 * torch.randn([b.shape[1] for b in bases], generator=self.generator)
+        return _raise(knots, [base[part] for base, part in zip(bases, self.box)])
 
-    def elastic(self, amplitude: float, size: float) -> torch.Tensor:
-        return torch.stack([amplitude * self.field(size) for _ in range(3)], -1)
+    def deform(self, amplitude: float, size: float) -> None:
+        """Moves `points` by smooth noise of `amplitude` mm, bumps `size` mm wide."""
+        for place in self.points.unbind(-1):
+            place += self.field(size).mul_(amplitude)
 
-    def lattice(self, maps: _Maps, points: torch.Tensor, channels: slice) -> list[torch.Tensor]:
+    def lattice(self, maps: _Maps, channels: slice) -> list[torch.Tensor]:
         """Smooth `maps` at `points`, read every 3 mm or so and interpolated linearly in between."""
         every = [max(1, round(3 / (a[1] - a[0]))) for a in self.axes]
         picks = [np.append(np.arange(0, len(a) - 1, e), len(a) - 1) for a, e in zip(self.axes, every)]
         bases = [_tent(a, a[pick]) for a, pick in zip(self.axes, picks)]
-        return [_raise(coarse, bases) for coarse in maps(points[np.ix_(*picks)])[channels]]
+        return [_raise(coarse, bases) for coarse in maps(self.points[np.ix_(*picks)])[channels]]
 
     def ellipsoid(self, centre, radii, rough: float = 0.15, middle=None) -> tuple[tuple[slice, ...], torch.Tensor]:
         """A box of the grid around an ellipsoid, and in it the squared normalised radius (1 on the surface), roughened.
@@ -95,7 +118,8 @@ class Patient:
         inverse = np.linalg.inv(self.pose)
         half = abs(inverse) @ np.array(radii) * 1.2 + (8 if middle is None else 2)
         middle = inverse @ (np.array(centre) - self.shift) if middle is None else middle
-        box = tuple(slice(*np.searchsorted(a, (m - h, m + h))) for a, m, h in zip(self.axes, middle, half))
+        axes = [a[part] for a, part in zip(self.axes, self.box)]
+        box = tuple(slice(*np.searchsorted(a, (m - h, m + h))) for a, m, h in zip(axes, middle, half))
         centre, radii = (torch.tensor(v, dtype=torch.float32) for v in (centre, radii))
         return box, ((self.points[box] - centre) / radii).square_().sum(-1) + rough * self.fine[box]
 
@@ -161,7 +185,7 @@ class Patient:
         likely = torch.exp(-self.to_ventricles[tuple(places.T)] / 16)
         for index in places[torch.multinomial(likely, int(self.uniform(25, 160)), generator=self.generator)].tolist():
             radii = self.log_uniform(1.5, 7) * self.rng.uniform(0.7, 1.4, 3)
-            middle = [a[i] for a, i in zip(self.axes, index)]
+            middle = [a[part][i] for a, part, i in zip(self.axes, self.box, index)]
             box, radius = self.ellipsoid(self.points[tuple(index)].tolist(), radii, 0, middle)
             score[box] = torch.maximum(score[box], self.uniform(0.6, 2.4) - radius - grain[box])
 
@@ -273,7 +297,11 @@ def template() -> tuple[_Maps, _Maps]:
         return padded
 
     def distance(mask):
-        return 2 * (ndimage.distance_transform_edt(~mask) - ndimage.distance_transform_edt(mask))
+        (inside,) = ndimage.find_objects(mask.astype(np.uint8))
+        near = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in inside)  # with what lies outside on each side
+        away = ndimage.distance_transform_edt(~mask)
+        away[near] -= ndimage.distance_transform_edt(mask[near])
+        return 2 * away
 
     def ellipsoid(centre, radii):
         return sum((abs(a - c) / r) ** 2.4 for a, c, r in zip((x, y, z), centre, radii)) < 1

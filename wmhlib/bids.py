@@ -18,6 +18,7 @@ from .errors import InputError
 from .layouts import stem
 from .workspace import write_atomic
 
+TABLE, INDEX = "wmh_volumes.csv", "index.html"  # of all scans, at the top
 _DESCRIPTION = "dataset_description.json"
 _NAME = "space-FLAIR_label-WMH"
 # An entropy is no probability of a segmentation, and BIDS has no suffix for it; stat-<label>_statmap is that of BIDS Stats Models.

@@ -1,5 +1,8 @@
 """Segments one scan or many, and leaves them as a BIDS derivatives dataset with one table and a page to look at each.
 
+    python -m wmhlib.derivatives RUN_FOLDER FLAIR OUT
+    accelerate launch --num_processes 4 -m wmhlib.derivatives RUN_FOLDER FLAIR OUT   (dealt over the GPUs, which they may share)
+
 A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
 the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other
 weights or at another operating point.
@@ -7,31 +10,36 @@ weights or at another operating point.
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from . import __version__, bids, cohort, scanpages
+from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
 from .layouts import stem
 from .metrics import lesion_table, volume_ml
 from .uncertainty import case_uncertainty, entropy
-from .volumes import Volume, load_case, load_mask, load_volume, need_file, save_like
-from .workspace import natural, sha256, write_atomic, write_table
+from .volumes import Volume, load_case, load_mask, load_volume, save_like
+from .workspace import RunFolder, natural, sha256, write_atomic, write_table
 
-TABLE, INDEX = "wmh_volumes.csv", "index.html"
+TABLE, INDEX = bids.TABLE, bids.INDEX
 COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
            "min_mm3", "tta", "status", "reason", "page"]
-_POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")
+_GRACE_S = 60.0  # longer than the main process takes to say what is wrong
+_LONGEST = timedelta(days=30)  # that one process may wait for another
 _DESCRIPTIONS = {
     "mask": "White matter hyperintensity: 1 where the probability reaches the threshold, small components left out",
     "probability": "Probability of white matter hyperintensity, 0 to 1",
@@ -62,14 +70,15 @@ def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
     return scans.assign(t1=str(Path(t1).expanduser().absolute())) if t1 else scans
 
 
-def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True) -> pd.DataFrame:
+def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True, processes: PartialState | None = None) -> pd.DataFrame:
     """Segments `scans` (columns flair, and t1, subject, session where known) with `engine`, one at a time, into `out`.
 
     Results are named by `bids.name_scans`. Those made before of the same files, with the same weights and at the same
     point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
     that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason;
     `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,
-    paths relative to `out`; after an interruption too.
+    paths relative to `out`; after an interruption too. Of several `processes`, which all call this with the same scans, each segments
+    every n-th one; all return the whole table, and the main one alone writes the two files, when every scan is done.
     Raises InputError if there is no scan, not one could be segmented, or `out` holds another dataset or one of the scans.
     """
     if scans.empty:
@@ -80,31 +89,64 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
         if out in flair.parents or Path(os.path.realpath(out)) in Path(os.path.realpath(flair)).parents:
             raise InputError(f"{out} holds the scan {flair}, which would count as a result from then on: choose a folder for the "
                              f"results alone, such as {out / 'derivatives' / 'wmhlib'}")
-    before = _done_before(out)
+    before = provenance.done_before(out)
     names = bids.name_scans(scans, {name: sidecar["FLAIR"] for name, sidecar in before.items()})
     links = bids.sources([*names, *(sidecar["FLAIR"] for sidecar in before.values())])
     bids.write_dataset(out, links)
-    made_with, rows = _made_with(engine), []
+    first, step = (processes.process_index, processes.num_processes) if processes else (0, 1)
+    if processes:
+        processes.wait_for_everyone()  # until all have named the scans, by what was there
+    made_with, rows = provenance.made_with(engine), []
     try:
-        for number, scan in enumerate(scans.to_dict("records"), 1):
+        for number, scan in list(enumerate(scans.to_dict("records"), 1))[first::step]:
             name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
             try:
-                made_of, sidecar = _made_of(scan, engine) | made_with, before.get(name)
-                if not _is_done(out, name, sidecar, scan["flair"], made_of):
+                made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
+                if not provenance.is_done(out, name, sidecar, scan["flair"], made_of):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
-                    spent = f"{time.monotonic() - start:.0f} s"
+                    spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices without brain skipped"
                 rows.append(_row(name, sidecar))
             except Exception as error:  # whatever is wrong with one scan, the others go on
                 reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
                 rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, reason) | {"t1": scan.get("t1")})
             if progress:
                 print(f"[{number}/{len(scans)}] {_line(rows[-1], spent)}", flush=True)
+        if processes:
+            place = {flair: number for number, flair in enumerate(scans["flair"])}
+            rows = sorted(gather_object(rows), key=lambda row: place[row["flair"]])
     finally:
-        _write_overview(rows, out)
+        if first == 0:
+            _write_overview(rows, out)
     table = _table(rows)
     if (table["status"] == "failed").all():
         raise InputError(f"none of {len(table)} scans could be segmented; the first: {table['reason'][0]}")
     return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: segments scans with the weights of a run. Returns 1 where a scan failed or a WMHError stopped it."""
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.derivatives", description=main.__doc__.splitlines()[0])
+    parser.add_argument("run", help="a run folder with trained weights")
+    parser.add_argument("flair", nargs="+", help="the scans: a file, several, a folder (BIDS or other) or a CSV table")
+    parser.add_argument("out", help="folder for the results, a BIDS derivatives dataset")
+    given = parser.parse_args(arguments)
+    from .engine import WMHInferenceEngine
+    processes = PartialState(cpu=True, timeout=_LONGEST)  # what they exchange needs no GPU, and several can share one
+    gpus = torch.cuda.device_count()
+    try:
+        engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
+        table = predict_scans(engine, find(given.flair), given.out, processes=processes)
+    except WMHError as error:
+        if not processes.is_main_process:  # the launcher ends every process once one has ended: let the main one speak first
+            time.sleep(_GRACE_S)
+        print(error, file=sys.stderr)
+        return 1
+    processes.wait_for_everyone()  # until the table is written
+    failed = (table["status"] == "failed").sum()
+    if processes.is_main_process:
+        print(f"{len(table) - failed} of {len(table)} scans are done: {Path(given.out) / INDEX}")
+    processes.destroy_process_group()
+    return int(failed > 0)
 
 
 def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[dict]:
@@ -141,7 +183,7 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])
     uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
     result = {"volume_ml": volume_ml(mask, volume.spacing), "lesions": len(lesions), "uncertainty": uncertainty,
-              "unsure": None if limit is None else uncertainty > limit}
+              "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped}
     about = {key: {"Description": _DESCRIPTIONS[key], "Sources": [source], "SpatialReference": source} for key in maps}
     about["mask"] |= {"Type": "Lesion", "Manual": False, "FLAIR": scan["flair"], "MadeWith": made_with, "Result": result}
     shown = _shown(name, volume, mask, prob, maps["entropy"])
@@ -170,7 +212,7 @@ def _shown(name: str, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure
 def _row(name: str, sidecar: dict, failure: str = "") -> dict:
     """The row of one scan in the table, as its sidecar tells it."""
     subject, *others = name.split("_")
-    point = {key: sidecar["MadeWith"].get(key) for key in _POINT[:4]}
+    point = {key: sidecar["MadeWith"].get(key) for key in provenance.POINT[:4]}
     return {"scan": name, "subject": subject, "session": next((part for part in others if part.startswith("ses-")), ""),
             "flair": sidecar["FLAIR"], **sidecar.get("Result", {}), **point, "status": "failed" if failure else "done",
             "reason": failure, "page": "" if failure else bids.paths(Path(), name)["page"].as_posix()}
@@ -192,7 +234,7 @@ def _relative(row: dict, out: Path) -> dict:
 def _write_overview(rows: list[dict], out: Path) -> None:
     """Table and index of `rows` and of everything else that is done in `out`."""
     new = {row["scan"] for row in rows}
-    earlier = [_row(name, sidecar) for name, sidecar in _done_before(out).items() if name not in new]
+    earlier = [_row(name, sidecar) for name, sidecar in provenance.done_before(out).items() if name not in new]
     table = _table([_relative(row, out) for row in sorted([*rows, *earlier], key=lambda row: natural(row["scan"]))])
     write_table(table, out / TABLE)
     write_atomic(out / INDEX, scanpages.index_page(table, out))
@@ -204,43 +246,5 @@ def _line(row: dict, spent: str) -> str:
     return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesions{', unsure' * bool(row['unsure'])} ({spent})"
 
 
-def _made_with(engine) -> dict:
-    """Version, weights, canvas and operating point of an engine; results made with the same ones are the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(engine.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return {"version": __version__, "weights_sha256": digest.hexdigest(), "img_size": engine.img_size,
-            "views": engine.recipe.operating.views, **{key: engine.point.get(key) for key in _POINT}}
-
-
-def _made_of(scan: dict, engine) -> dict:
-    """The sha256 of a scan's files, T1 only where the network has an input for it. Raises InputError where one is missing."""
-    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities else ""}
-    for path in filter(None, paths.values()):
-        need_file(path)
-    return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}
-
-
-def _is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict) -> bool:
-    folder = bids.paths(out, name)["mask"].parent
-    return (sidecar is not None and sidecar["FLAIR"] == flair and sidecar["MadeWith"] == made_with
-            and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
-
-
-def _is_complete(sidecar: dict) -> bool:
-    """Whether a sidecar holds what `_segment` wrote into it, each of its kind."""
-    kinds = {"FLAIR": str, "MadeWith": dict, "Result": dict, "Files": dict}
-    if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
-        return False
-    result, point = sidecar["Result"], [sidecar["MadeWith"].get(key) for key in _POINT]
-    numbers = [result.get(key) for key in ("lesions", "volume_ml", "uncertainty")]
-    return (type(numbers[0]) is int and all(type(number) in (int, float) for number in numbers) and type(result.get("unsure")) in (bool, type(None))
-            and all(type(value) in (int, float, bool, type(None)) for value in point) and not any(abs(value or 0) > 1e9 for value in numbers + point))
-
-
-def _done_before(out: Path) -> dict[str, dict]:
-    """The sidecars of what was made before, by the scan's name, their FLAIR as an absolute path."""
-    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items() if _is_complete(sidecar)}
-    return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name)["mask"].parent / sidecar["FLAIR"])}
-            for name, sidecar in complete.items()}
+if __name__ == "__main__":
+    sys.exit(main())

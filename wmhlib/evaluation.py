@@ -13,7 +13,16 @@ from scipy import ndimage
 
 from .agreement import BINS
 from .errors import InputError, WMHError
-from .metrics import challenge_scores, filter_components, label_components, reference_parts, smallest, volume_ml
+from .metrics import (
+    bounding_box,
+    challenge_scores,
+    components,
+    filter_components,
+    reference_parts,
+    smallest,
+    volume_ml,
+    voxels,
+)
 from .settings import Operating
 from .slices import head_box, height_mm, to_display
 from .uncertainty import case_uncertainty, entropy, mean_entropy
@@ -76,24 +85,25 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
         raise InputError(f"the operating point has no {', '.join(missing)}: run notebook 04_search again")
     rows, gallery = {name: [] for name in TABLES}, []
     for case in cases:
-        who = dict(case=case["case"], site=case["site"])
-        masks, ignored = system_masks(case, point, operating), reference_parts(case["reference"])[1]
-        scores = {system: challenge_scores(case["reference"], mask, case["spacing"]) for system, mask in masks.items()}
-        reference_ml = volume_ml(case["reference"], case["spacing"])
-        own, dsc = masks[SYSTEMS[0]], scores[SYSTEMS[0]]["dsc"]
-        near = periventricular(case.get("ventricles"), case["spacing"])
+        case = case | dict(reference=np.ascontiguousarray(case["reference"]))  # arrays in one order are faster to combine
+        who, spacing = dict(case=case["case"], site=case["site"]), case["spacing"]
+        masks, (lesion, ignored) = system_masks(case, point, operating), reference_parts(case["reference"])
+        scores = {system: challenge_scores(case["reference"], mask, spacing) for system, mask in masks.items()}
+        counted = {system: mask & ~ignored for system, mask in masks.items()}
+        own, dsc, reference_ml = counted[SYSTEMS[0]], scores[SYSTEMS[0]]["dsc"], volume_ml(lesion, spacing)
+        near = periventricular(case.get("ventricles"), spacing)
         unsure = case_uncertainty(case["prob"], case["prob_tta"])
         found = dict(
-            metrics=[dict(system=system, **scores[system], reference_ml=reference_ml,
-                          result_ml=volume_ml(mask & ~ignored, case["spacing"])) for system, mask in masks.items()],
-            lesions=_lesions(case, own, near), zones=_zones(case, own, near),
+            metrics=[dict(system=system, **scores[system], reference_ml=reference_ml, result_ml=volume_ml(mask, spacing))
+                     for system, mask in counted.items()],
+            lesions=_lesions(lesion, own, near, spacing), zones=_zones(lesion, own, near, spacing),
             calibration=_calibration(case, case["prob_tta"] if point["tta"] else case["prob"]),
             uncertainty=[dict(dsc=dsc, entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
                               unsure=unsure > point["unsure_above"])])
         for name, some in found.items():
             rows[name] += [who | row for row in some]
         result_ml = found["metrics"][0]["result_ml"]
-        gallery.append(gallery_row(case, own, dsc) | dict(reference_ml=reference_ml, result_ml=result_ml))
+        gallery.append(gallery_row(case, masks[SYSTEMS[0]], dsc) | dict(reference_ml=reference_ml, result_ml=result_ml))
     if not gallery:
         raise InputError("no case to evaluate: expected at least one with a reference mask")
     return Evaluation(**{name: pd.DataFrame(rows[name], columns=TABLES[name]) for name in TABLES}, gallery=gallery)
@@ -120,34 +130,37 @@ def periventricular(ventricles: np.ndarray | None, spacing) -> np.ndarray | None
     without ventricles or where their mask is empty."""
     if ventricles is None or not ventricles.any():
         return None
-    return ndimage.distance_transform_edt(~ventricles, sampling=spacing) <= PERIVENTRICULAR_MM
+    box = bounding_box(ventricles, margin=np.ceil(PERIVENTRICULAR_MM / np.asarray(spacing)).astype(int))
+    near = np.zeros(ventricles.shape, bool)
+    near[box] = ndimage.distance_transform_edt(~ventricles[box], sampling=spacing) <= PERIVENTRICULAR_MM
+    return near
 
 
-def _lesions(case: dict, mask: np.ndarray, near: np.ndarray | None) -> list[dict]:
-    lesion, ignored = reference_parts(case["reference"])
-    mask, rows = mask & ~ignored, []
+def _lesions(lesion: np.ndarray, mask: np.ndarray, near: np.ndarray | None, spacing) -> list[dict]:
+    """Rows in the order of the components' first voxels in a file, where the first axis runs fastest: all is transposed."""
+    rows, (lesion, mask, near) = [], (None if volume is None else volume.T for volume in (lesion, mask, near))
     for kind, one, other in (("reference", lesion, mask), ("result", mask, lesion)):
-        labels, count = label_components(one)
-        sizes, touched = (np.bincount(labels[where], minlength=count + 1)[1:] for where in (one, one & other))
+        at, labels, count = components(one)
+        sizes, touched = (np.bincount(labels[some], minlength=count + 1)[1:] for some in (..., other[at]))
         if near is None:
             zones = [""] * count
         else:
-            zones = np.where(np.bincount(labels[one & near], minlength=count + 1)[1:] > 0, "periventricular", "deep")
-        rows += [dict(kind=kind, voxels=int(n), volume_mm3=n * float(np.prod(case["spacing"])), hit=bool(hit), zone=str(zone))
+            zones = np.where(np.bincount(labels[near[at]], minlength=count + 1)[1:] > 0, "periventricular", "deep")
+        rows += [dict(kind=kind, voxels=int(n), volume_mm3=n * float(np.prod(spacing)), hit=bool(hit), zone=str(zone))
                  for n, hit, zone in zip(sizes, touched, zones)]
     return rows
 
 
-def _zones(case: dict, mask: np.ndarray, near: np.ndarray | None) -> list[dict]:
+def _zones(lesion: np.ndarray, mask: np.ndarray, near: np.ndarray | None, spacing) -> list[dict]:
     if near is None:
         return []
-    lesion, ignored = reference_parts(case["reference"])
-    rows = []
-    for zone, where in (("periventricular", near), ("deep", ~near)):
-        reference, result = lesion & where, mask & ~ignored & where
-        total = int(reference.sum()) + int(result.sum())
-        rows.append(dict(zone=zone, dsc=2 * int((reference & result).sum()) / total if total else np.nan,
-                         reference_ml=volume_ml(reference, case["spacing"]), result_ml=volume_ml(result, case["spacing"])))
+    at, rows = voxels(mask), []
+    reference, result = near[voxels(lesion)], near[at]  # of each voxel, whether it is
+    both = result[lesion[at]]
+    for zone, inside in (("periventricular", True), ("deep", False)):
+        sizes = [np.count_nonzero(some == inside) for some in (reference, result, both)]
+        rows.append(dict(zone=zone, dsc=2 * sizes[2] / sum(sizes[:2]) if any(sizes[:2]) else np.nan,
+                         reference_ml=volume_ml(reference == inside, spacing), result_ml=volume_ml(result == inside, spacing)))
     return rows
 
 
@@ -156,8 +169,8 @@ def _calibration(case: dict, prob: np.ndarray) -> list[dict]:
     where = (case["inner"] | lesion | (prob >= 0.01)) & ~ignored
     p, y = prob[where].astype(float), lesion[where]
     bins = np.minimum((p * BINS).astype(int), BINS - 1)
-    voxels, *sums = (np.bincount(bins, weights, BINS) for weights in (None, p, y, (p - y) ** 2))
-    return [dict(bin=b, voxels=int(n), probability=q, lesion=int(k), squared=s) for b, (n, q, k, s) in enumerate(zip(voxels, *sums))]
+    sums = (np.bincount(bins, weights, BINS) for weights in (None, p, y, (p - y) ** 2))
+    return [dict(bin=b, voxels=int(n), probability=q, lesion=int(k), squared=s) for b, (n, q, k, s) in enumerate(zip(*sums))]
 
 
 def save_masks(cases: Iterable[dict], point: dict, folder: str | Path) -> Iterator[dict]:

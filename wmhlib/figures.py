@@ -33,6 +33,7 @@ POINTS = dict(linestyle="", markersize=6, markeredgecolor="white", markeredgewid
 _STAR = dict(color="white", marker="*", markersize=14, markeredgecolor="black", linestyle="")
 _RECIPE = _STAR | dict(marker="D", markersize=9)
 _DPI = 150
+_PNG = dict(format="png", dpi=_DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 3})  # 6 takes 3 times as long for 0.3 % less
 
 
 class _Page(Figure):
@@ -40,7 +41,7 @@ class _Page(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+        self.savefig(buffer, **_PNG)
         return buffer.getvalue()
 
 
@@ -53,7 +54,7 @@ def page(rows: int, columns: int, size: tuple[float, float], **grid) -> tuple[Fi
 def save_figure(fig: Figure, path: str | Path) -> Path:
     """Write `fig` as PNG at 150 dpi, atomically and without date or version: the same figure gives the same bytes."""
     with atomic(path) as temporary:
-        fig.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+        fig.savefig(temporary, **_PNG)
     return Path(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,10 @@ class WMHNet(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """`live_state` on the CPU, as files keep it."""
         return {name: value.cpu().contiguous() for name, value in self.live_state().items()}
+
+    def fingerprint(self) -> str:
+        """What tells this network from any other: the sha256 of its base and its trained state."""
+        return hashlib.sha256(weights_bytes(self, {"base_sha256": self.base_sha256})).hexdigest()
 
     def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Load what `trained_state` gave; CheckpointError lists each key that does not fit."""

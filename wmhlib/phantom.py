@@ -127,27 +127,29 @@ class Scan:
 
     def acquire(self) -> Case:
         """The patient as the scanner sees it."""
-        patient, uniform = self.patient, self.patient.uniform
-        grey, white = patient.brain()
-        lesion, inner = patient.lesions(white, np.prod(self.spacing))
-        (core, extent), labels = patient.other_pathology(), patient.head()
+        patient, brain, uniform = self.patient, self.patient.inner, self.patient.uniform
+        grey, white = brain.brain()
+        lesion, inner = brain.lesions(white, np.prod(self.spacing))
+        (core, extent), labels = brain.other_pathology(), patient.head()
         core, extent, lesion = core * (grey + white), extent * (grey + white), lesion * (1 - extent)
-        index, inside = labels.int(), labels == CSF
-        grain = torch.exp((0.22 * patient.fine + 0.16 * patient.field(3, 3, 6)) * torch.tensor(_GRAIN)[index])
+        index, inside = labels.int(), labels[brain.box] == CSF
+        grain = patient.field(3, 3, 6).mul_(0.16).add_(0.22 * patient.fine).mul_(torch.tensor(_GRAIN)[index]).exp_()
 
         def compose(tissue, fluid, values):
-            brain = tissue * (1 - core) + (1 - grey - white + core) * fluid
-            return torch.where(inside, brain, torch.tensor(values)[index] * grain)
+            image = torch.tensor(values)[index].mul_(grain)
+            part = image[brain.box]
+            part[inside] = (tissue * (1 - core) + (1 - grey - white + core) * fluid)[inside]
+            return image
 
         values = [uniform(*r) for r in _FLAIR]
         values[FAT] = uniform(*self.site.fat)
         cortex = uniform(*self.site.grey)
         bright = max(uniform(1.5, 2.1), cortex + uniform(0.4, 0.7))
-        tissue = grey * cortex * patient.grey_shades() + white * patient.white_shades()
-        level = 1 + (bright - 1) * (0.85 + 0.3 * inner + 0.1 * patient.fine)
+        tissue = grey * cortex * brain.grey_shades() + white * brain.white_shades()
+        level = 1 + (bright - 1) * (0.85 + 0.3 * inner + 0.1 * brain.fine)
         tissue += lesion * (level * (grey + white) - tissue)
         tissue += 0.8 * extent * (bright * (grey + white) - tissue)
-        flair = compose(tissue, values[CSF] + patient.fluid_shades(), values)
+        flair = compose(tissue, values[CSF] + brain.fluid_shades(), values)
         values = [uniform(*r) for r in _T1]
         tissue = grey * uniform(0.66, 0.82) + white
         tissue *= 1 - uniform(0.05, 0.35) * torch.maximum(lesion, extent)
@@ -155,10 +157,10 @@ class Scan:
 
         mask = (pool(lesion) >= 0.5).to(torch.uint8)
         mask[pool(extent) >= 0.5] = 2
-        ventricles = (pool((1 - grey - white) * (patient.to_ventricles < 1)) >= 0.5).to(torch.uint8) * (mask == 0)
+        ventricles = (pool((1 - grey - white) * (brain.to_ventricles < 1)) >= 0.5).to(torch.uint8) * (mask == 0)
         keep = self.kept()
         return Case(self.finish(self.image(pool(flair), keep)), self.finish(self.image(pool(t1), keep)),
-                    self.finish(self.whole(mask)), self.finish(self.whole(ventricles)), self.affine())
+                    self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine())
 
     def kept(self) -> torch.Tensor:
         """Voxels that are left: all, or the brain alone (skull-stripped), or without the face (defaced)."""
@@ -190,6 +192,13 @@ class Scan:
         full[self.columns] = volume
         return full
 
+    def around_brain(self, part: torch.Tensor) -> torch.Tensor:
+        """Slices of the part of the grid that holds the brain, on the whole field of view."""
+        x, y, z = self.patient.inner.box
+        full = torch.zeros(self.shape, dtype=part.dtype)
+        full[self.columns[x], y, z.start // SUB : z.stop // SUB] = part
+        return full
+
     def finish(self, volume: torch.Tensor) -> np.ndarray:
         """From RAS to the site's own order of voxels."""
         return volume.flip([axis for axis, sign in enumerate(self.site.flips) if sign < 0]).numpy()
@@ -204,4 +213,5 @@ class Scan:
 
 def pool(volume: torch.Tensor) -> torch.Tensor:
     """Sub-slices to slices."""
-    return sum(volume[..., k::SUB] for k in range(SUB)) / SUB
+    first, *others = (volume[..., k::SUB] for k in range(SUB))
+    return sum(others, first) / SUB

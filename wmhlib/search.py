@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from .agreement import bootstrap_ci
 from .errors import InputError
-from .metrics import label_components, reference_parts, smallest
+from .metrics import bounding_box, components, reference_parts, smallest
 from .settings import Operating
 from .uncertainty import case_uncertainty, unsure_limit
 
@@ -38,7 +38,7 @@ def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, p
     sizes += [("mm3", float(s)) for s in sorted(set(operating.sizes_mm3))]
     scores, rows = {}, []
     for case in _validation(cases):
-        lesion, ignored = reference_parts(case["reference"])
+        lesion, ignored = reference_parts(np.ascontiguousarray(case["reference"]))
         smallest_kept = [smallest(_size(unit, size), case["spacing"]) for unit, size in sizes]
         scores[PER_CASE + case["case"]] = np.concatenate(
             [_dice_grid(case[prob], lesion, ignored, thresholds, smallest_kept).ravel() for prob in ("prob", "prob_tta")])
@@ -146,23 +146,22 @@ def _steps(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, thresholds: list, sizes: list) -> np.ndarray:
-    """Dice of one case, thresholds (ascending) x sizes (voxels), NaN without a lesion; each threshold is labelled once."""
-    lesion_size = int(lesion.sum())
+    """Dice of one case, thresholds (ascending) x sizes (voxels), NaN without a lesion.
+
+    Each threshold is labelled once, in the box of its own voxels. What a smallest size keeps follows from how many voxels
+    each component has, of all, of the lesion and of those that count.
+    """
+    lesion_size = np.count_nonzero(lesion)
     dice = np.full((len(thresholds), len(sizes)), np.nan)
-    box = (ndimage.find_objects((prob >= thresholds[0]).astype(np.uint8)) or [None])[0] or np.s_[:0, :0, :0]
-    prob, lesion, ignored = prob[box], lesion[box], ignored[box]
+    if not lesion_size:
+        return dice
+    box = bounding_box(prob >= thresholds[0])
+    prob, lesion, counts, sizes = np.ascontiguousarray(prob[box]), lesion[box], ~ignored[box], np.asarray(sizes)
     for row, threshold in enumerate(thresholds):
-        mask = prob >= threshold
-        labels, count = label_components(mask) if mask.any() else (np.zeros(mask.shape, int), 0)
-        whole = np.bincount(labels[mask], minlength=count + 1)[1:]
-        counted = np.bincount(labels[mask & ~ignored], minlength=count + 1)[1:]
-        hit = np.bincount(labels[mask & lesion], minlength=count + 1)[1:]
-        # Components in order of size: what a minimum size leaves is the tail of a cumulative sum.
-        order = np.argsort(whole)
-        tails = [np.append(np.cumsum(x[order][::-1])[::-1], 0) for x in (hit, counted)]
-        both, result = (tail[np.searchsorted(whole[order], sizes)] for tail in tails)
-        if lesion_size:
-            dice[row] = 2 * both / (lesion_size + result)
+        at, labels, count = components(prob >= threshold)
+        whole, hit, counted = (np.bincount(labels[part], minlength=count + 1) for part in (..., lesion[at], counts[at]))
+        kept = whole >= sizes[:, None]
+        dice[row] = 2 * (kept @ hit) / (lesion_size + kept @ counted)
     return dice
 
 

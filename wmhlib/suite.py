@@ -17,9 +17,8 @@ from pathlib import Path
 
 import nbformat
 
-from . import derivatives, errors, pages
+from . import bids, errors, pages
 from .errors import InputError, WMHError
-from .report import results_text
 from .workspace import REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
@@ -62,10 +61,10 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
         execute("06_predict", output, {"preset": run.recipe().name, "run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
                                        "out_dir": str(folder)})
         page = pages.export_html(output, folder / "report.html")
-    scans = read_table(folder / derivatives.TABLE)
+    scans = read_table(folder / bids.TABLE)
     failed = (scans.status == "failed").sum()
     if failed:
-        raise InputError(f"{failed} of {len(scans)} scans failed, the others are done: {folder / derivatives.INDEX} says why")
+        raise InputError(f"{failed} of {len(scans)} scans failed, the others are done: {folder / bids.INDEX} says why")
     return page
 
 
@@ -90,6 +89,7 @@ def execute(name: str, output: Path, parameters: dict) -> None:
         try:
             papermill.execute_notebook(REPOSITORY / "notebooks" / f"{name}.ipynb", executed, parameters, kernel_name="python3",
                                        progress_bar=False, extra_arguments=["--log-level=ERROR"], stdout_file=sys.stdout,
+                                       shutdown_kernel="immediate",  # all is written; to unload what it has imported takes seconds
                                        stderr_file=sys.stderr if sys.stderr.isatty() else None)
         except papermill.PapermillExecutionError as error:
             story = "" if hasattr(errors, error.ename) else "\n" + "\n".join(error.traceback)
@@ -163,6 +163,8 @@ def _conclude(run: RunFolder, seconds: float) -> None:
 
 
 def _results(folder: RunFolder, seed: int) -> None:
+    from .report import results_text  # imports torch, which the notebooks' own processes need and this one does not
+
     print(f"\n{results_text(read_table(folder.metrics_csv), seed)}\n")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+import scipy
+from scipy import special
 
 from .agreement import RESAMPLES, wilson
 from .errors import InputError
@@ -31,7 +32,7 @@ def case_uncertainty(prob: np.ndarray, prob_tta: np.ndarray) -> float:
     and no threshold enters. Disagreement between predictions of one scan tells a poor segmentation (Roy et al. 2019,
     doi 10.1016/j.neuroimage.2019.03.042). Where nothing is found it is 1; with a single view it is 0 and tells nothing.
     """
-    shown = np.maximum(prob, prob_tta) >= FAINTEST
+    shown = (prob >= FAINTEST) | (prob_tta >= FAINTEST)
     p, q = prob[shown].astype(float), prob_tta[shown].astype(float)
     return float(np.abs(p - q).sum() / (p + q).sum()) if shown.any() else 1.0
 
@@ -85,7 +86,7 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, fl
     if n < 3:
         return np.nan, np.nan, np.nan
     draws = np.vstack([np.arange(n), np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))])
-    a, b = (stats.rankdata(values[draws], axis=1) - (n + 1) / 2 for values in (x, y))
+    a, b = (scipy.stats.rankdata(values[draws], axis=1) - (n + 1) / 2 for values in (x, y))
     spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     rho = np.divide((a * b).sum(1), spread, out=np.full(len(draws), np.nan), where=spread > 0)
     if not np.isfinite(rho[0]):

@@ -1,0 +1,51 @@
+"""What the results of a scan were made of and with, as the sidecar of its mask keeps it, and whether they are still that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import __version__, bids
+from .volumes import need_file
+from .workspace import sha256
+
+POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an operating point, what results depend on
+
+
+def made_with(engine) -> dict:
+    """Version, weights, canvas and operating point of an engine; results made with the same ones are the same."""
+    return {"version": __version__, "weights_sha256": engine.model.fingerprint(), "precision": engine.precision, "img_size": engine.img_size,
+            "views": engine.recipe.operating.views, **{key: engine.point.get(key) for key in POINT}}
+
+
+def made_of(scan: dict, engine) -> dict:
+    """The sha256 of a scan's files, T1 only where the network has an input for it. Raises InputError where one is missing."""
+    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities else ""}
+    for path in filter(None, paths.values()):
+        need_file(path)
+    return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}
+
+
+def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict) -> bool:
+    """Whether the results that `sidecar` describes are those of `flair`, made with `made_with`, and every file is whole."""
+    folder = bids.paths(out, name)["mask"].parent
+    return (sidecar is not None and sidecar["FLAIR"] == flair and sidecar["MadeWith"] == made_with
+            and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
+
+
+def done_before(out: Path) -> dict[str, dict]:
+    """The sidecars of what was made in `out` before, by the scan's name, their FLAIR as an absolute path."""
+    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items() if _is_complete(sidecar)}
+    return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name)["mask"].parent / sidecar["FLAIR"])}
+            for name, sidecar in complete.items()}
+
+
+def _is_complete(sidecar: dict) -> bool:
+    """Whether a sidecar holds what `_segment` wrote into it, each of its kind."""
+    kinds = {"FLAIR": str, "MadeWith": dict, "Result": dict, "Files": dict}
+    if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
+        return False
+    result, point = sidecar["Result"], [sidecar["MadeWith"].get(key) for key in POINT]
+    numbers = [result.get(key) for key in ("lesions", "volume_ml", "uncertainty")]
+    return (type(numbers[0]) is int and all(type(number) in (int, float) for number in numbers) and type(result.get("unsure")) in (bool, type(None))
+            and all(type(value) in (int, float, bool, type(None)) for value in point) and not any(abs(value or 0) > 1e9 for value in numbers + point))
