@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
 
-.PHONY: help demo test pipeline report evaluate predict score notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score benchmark notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
+
+benchmark: .venv/tests  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
+	$(SUITE) benchmark --run "$${RUN:-$(DEMO)}" --out "$$OUT"
 
 test: .venv/tests  ## every test
 	$(BIN)/python -m pytest -q

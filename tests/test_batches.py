@@ -1,15 +1,12 @@
-import os
-import sys
-import tempfile
 from dataclasses import replace
 
 import pytest
 import torch
 
-from wmhlib.batches import CaseSlices, augment, draw_slices, drop_modalities, load_slices, stack_slices
-from wmhlib.errors import InputError
+from wmhlib.batches import augment, draw_slices, drop_modalities, stack_slices
 from wmhlib.settings import Augment, Inputs
-from wmhlib.volumes import AIR, BRIGHTEST, case_canvas, load_case, mask_canvas
+from wmhlib.slicestore import CaseSlices
+from wmhlib.volumes import AIR, BRIGHTEST
 
 OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
@@ -91,25 +88,3 @@ def test_modality_dropout_blanks_t1_alone_in_the_given_share():
     assert found[:, :3].all() and torch.equal(found[:, 3], found[:, 5])
     assert found[:, 3].mean().item() == pytest.approx(0.7, abs=0.04)
     assert drop_modalities(images, Inputs(), torch.Generator()) is images
-
-
-def test_slices_of_a_cohort_lie_in_a_file_without_a_name_and_not_in_memory(split_cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cases, inputs = load_slices(split_cohort[0], Inputs(img_size=32, modalities=("flair", "t1")), progress=False), Inputs(img_size=32)
-    assert not list(tmp_path.iterdir())
-    for case, row in zip(cases, split_cohort[0].itertuples(), strict=True):
-        scan = load_case(row.flair, None, row.mask, inputs)
-        assert case.case == row.case and torch.equal(case.images[:1], case_canvas(scan, 32).half()) and case.images.shape[0] == 2
-        assert torch.equal(case.labels == 1, mask_canvas(scan.mask == 1, scan.grid, 32))
-    if sys.platform == "linux":
-        inside = [line for line in open("/proc/self/maps") if str(tmp_path) in line and "deleted" in line]
-        first, last = (int(n, 16) for n in inside[0].split()[0].split("-"))
-        assert len(inside) == 1 and all(first <= t.data_ptr() < last for case in cases for t in (case.images, case.labels))
-    assert load_slices(split_cohort[0][:0], inputs, progress=False) == []
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full disk to write to")
-def test_a_disk_that_is_full_names_the_folder_and_the_way_out(split_cohort, monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))
-    with pytest.raises(InputError, match=f"{tempfile.gettempdir()} has no room for the slices of 9 cases .*No space left.*TMPDIR"):
-        load_slices(split_cohort[0], Inputs(img_size=32), progress=False)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wmhlib import batches, epochs, training
+from wmhlib import epochs, slicestore, training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.settings import Training, preset
 from wmhlib.storage import load_checkpoint
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(new_run, monkeyp
     broken = []
 
     def load_slices(rows, *rest):
-        cases = batches.load_slices(rows, *rest)
+        cases = slicestore.load_slices(rows, *rest)
         if not broken:
             broken.append((cases[1].case, int(cases[1].lesions()[0])))
             cases[1].images[:, broken[0][1]] = math.nan

@@ -1,111 +1,17 @@
-"""Slices for training: canvases of each case, which of them an epoch draws, and their random changes on the device."""
+"""Batches for training: which slices an epoch draws, how they are stacked, and their random changes on the device."""
 
 from __future__ import annotations
 
-import functools
 import math
-import mmap
-import os
-import socket
-import sys
-import tempfile
-from dataclasses import dataclass
-from typing import BinaryIO
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
-from tqdm import tqdm
+from torch import Tensor
 
-from .errors import InputError, WMHError
 from .settings import Augment, Inputs
-from .volumes import AIR, BRIGHTEST, case_canvas, load_case, mask_canvas
+from .slicestore import CaseSlices
+from .volumes import AIR, BRIGHTEST
 from .workspace import stable_seed
-
-
-@dataclass(frozen=True)
-class CaseSlices:
-    """A case on the canvas: images float16 M x D x S x S, labels uint8 D x S x S (0, 1, 2)."""
-
-    case: str
-    images: Tensor
-    labels: Tensor
-
-    def lesions(self) -> Tensor:
-        """Numbers of the slices that hold a lesion."""
-        return self._kinds[0]
-
-    def others(self) -> Tensor:
-        """Numbers of the slices that show tissue but no lesion."""
-        return self._kinds[1]
-
-    @functools.cached_property
-    def _kinds(self) -> tuple[Tensor, Tensor]:
-        lesion = (self.labels == 1).flatten(1).any(-1)
-        tissue = (self.images[0] > 0.5 * AIR).flatten(1).any(-1)
-        return torch.nonzero(lesion).flatten(), torch.nonzero(tissue & ~lesion).flatten()
-
-
-def load_slices(rows: pd.DataFrame, inputs: Inputs, progress: bool = True) -> list[CaseSlices]:
-    """Every case of `rows` (columns case, flair, t1, mask) on the canvas, in a file instead of memory.
-
-    The tensors are maps of a temporary file (in `tempfile.gettempdir()`, which TMPDIR moves) of 2 M + 1 bytes a pixel: 47 MB
-    for 60 slices of 512 px. The system keeps of it in memory what there is room for. The file has no name, so that nothing is left
-    however this process ends. Processes that train together read a share of the cases each, and those on one machine map each
-    other's files (on Linux; elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the
-    disk has no room.
-    """
-    near = _on_this_machine(os.getpid())
-    with tempfile.TemporaryFile() as file:
-        try:
-            written, failed = _write_slices(rows.iloc[near.index(os.getpid()) :: len(near)], inputs, file, progress), None
-        except WMHError as error:
-            written, failed = [], error
-        cases: list = [None] * len(rows)
-        for i, (path, places, error) in enumerate(_on_this_machine((f"/proc/{os.getpid()}/fd/{file.fileno()}", written, failed))):
-            if error:
-                raise error
-            cases[i :: len(near)] = _mapped(path if len(near) > 1 else file.fileno(), places)
-        _on_this_machine(None)  # until all have opened it
-    return cases
-
-
-def _write_slices(rows: pd.DataFrame, inputs: Inputs, file: BinaryIO, progress: bool) -> list[tuple[str, torch.Size, int]]:
-    """Append the images and labels of each case to `file`. Gives case, shape of the images, and bytes before them."""
-    places = []
-    for row in tqdm(rows.itertuples(), "reading cases", len(rows), disable=not progress, mininterval=5):
-        case = load_case(row.flair, row.t1, row.mask, inputs)
-        images = case_canvas(case, inputs.img_size).half()
-        lesion, other = (mask_canvas(case.mask == label, case.grid, inputs.img_size) for label in (1, 2))
-        places.append((row.case, images.shape, file.tell()))
-        try:
-            for tensor in (images, lesion.byte() + 2 * (other & ~lesion).byte()):
-                file.write(tensor.numpy())
-            file.flush()
-        except OSError as error:
-            raise InputError(f"{tempfile.gettempdir()} has no room for the slices of {len(rows)} cases ({error}; those of {len(places) - 1} took "
-                             f"{places[-1][2] / 1e9:.3g} GB): free space there, or set TMPDIR to a folder with more") from None
-    return places
-
-
-def _mapped(path: str | int, places: list[tuple[str, torch.Size, int]]) -> list[CaseSlices]:
-    if not places:
-        return []
-    with open(path, "r+b", closefd=isinstance(path, str)) as file:
-        data = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-    sizes = [(start, start + 2 * shape.numel(), start + 2 * shape.numel() + shape[1:].numel()) for _, shape, start in places]
-    return [CaseSlices(case, data[a:b].view(torch.float16).view(shape), data[b:c].view(shape[1:]))
-            for (case, shape, _), (a, b, c) in zip(places, sizes)]
-
-
-def _on_this_machine(value) -> list:
-    """What each process on this machine gives, those that train together, in the same order in all of them."""
-    if sys.platform != "linux" or not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values, host = [None] * distributed.get_world_size(), socket.gethostname()
-    distributed.all_gather_object(values, (host, value))
-    return [value for place, value in values if place == host]
 
 
 def draw_slices(cases: list[CaseSlices], negatives: float, seed: int) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
 
-from .batches import CaseSlices, augment, draw_slices, drop_modalities, stack_slices
+from .batches import augment, draw_slices, drop_modalities, stack_slices
 from .checkpoints import Keeper
 from .errors import WMHError
 from .losses import total_loss
@@ -25,6 +25,7 @@ from .monitor import Monitor
 from .network import WMHNet
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .settings import Recipe, Training
+from .slicestore import CaseSlices
 from .workspace import RunFolder, stable_seed
 
 _PARTS = ("train_loss", "focal", "dice", "boundary", "scales")

@@ -4,6 +4,7 @@
     python -m wmhlib.suite report --run runs/demo
     python -m wmhlib.suite evaluate --run runs/demo --data folder
     python -m wmhlib.suite predict --run runs/demo --flair FLAIR.nii.gz --out folder
+    python -m wmhlib.suite benchmark --run runs/demo --out runs/benchmark
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     return page
 
 
+def benchmark(run: RunFolder, out: str = "") -> Path:
+    """Notebook 10: how fast each part is on this machine; one scan is predicted with the weights of `run`, where it has any.
+    Tables and figures in `out` ("": benchmark beside the run). Returns its HTML page."""
+    folder = Path(out).expanduser() if out else run.path.parent / "benchmark"
+    return _page("10_benchmark", folder / "10_benchmark.ipynb", {"run_dir": str(run.path), "out_dir": str(folder)})
+
+
 def _page(name: str, output: Path, parameters: dict) -> Path:
     """Runs a notebook into `output`; its HTML page, and for the report a PDF, beside it."""
     execute(name, output, parameters)
@@ -118,7 +126,7 @@ def notebook_text(source: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "notebooks"))
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "benchmark", "notebooks"))
     parser.add_argument("--run", default="", help="run folder (default runs/<preset>)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
@@ -128,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict or evaluate")
+    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate or benchmark")
     given = parser.parse_args(arguments)
     run = RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
@@ -139,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not given.flair:
                 parser.error("predict needs --flair, the scans to segment")
             print(f"report {predict(run, given.flair, given.out, given.t1)}")
+        elif given.action == "benchmark":
+            print(f"report {benchmark(run, given.out)}")
         elif given.action in ("report", "evaluate"):
             if given.action == "evaluate" and not given.data:
                 parser.error("evaluate needs --data, the labelled cases to evaluate on")

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import hardware, storage
 from .adapters import budget
-from .batches import draw_slices, load_slices
+from .batches import draw_slices
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
 from .errors import InputError, WMHError
@@ -35,6 +35,7 @@ from .monitor import Monitor
 from .network import WMHNet, native_precision, weights_bytes
 from .processes import Average, GradientSum, StepStatistics, from_main
 from .settings import Recipe, Training
+from .slicestore import load_slices
 from .splits import check_split
 from .workspace import RunFolder, read_table, table_bytes
 
