@@ -312,7 +312,7 @@ PRESETS = {
                    adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(flips_ap=False, rotate90=False, bias_field=0.2),
                    training=Training(epochs=10, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=9,
                                      checkpoint_epochs=2, train_negatives=0.2, precision="bf16", ema=0.99),
-                   split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=36)),
+                   split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=48)),
     # Seconds: every step at toy size, for the tests.
     "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4, random=True),
                     adapter=Adapter(rank_attention=4, rank_mlp=2),

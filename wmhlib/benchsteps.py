@@ -1,0 +1,172 @@
+"""The training step of notebook 10_benchmark: its time against the straightforward one, its memory in a process of its own,
+and what a GPU makes of it.
+
+    python -m wmhlib.benchsteps ours --preset colab --overrides encoder.random=true
+
+prints the memory of a step ("ours" or "eager") as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from torch import Tensor
+
+from . import baselines, hardware
+from .batches import CaseSlices, augment, drop_modalities, stack_slices
+from .benchmark import CPU
+from .benchtable import alternate, row
+from .errors import WMHError
+from .losses import total_loss
+from .network import WMHNet, dtype_of, native_precision
+from .roofline import machine, network_flops
+from .settings import Recipe, preset
+
+_SLICES = 1400  # that an epoch of the challenge's training cases draws: about 42 cases of 33 slices
+
+
+def random_slices(recipe: Recipe, slices: int) -> list[CaseSlices]:
+    """A case of noise with a disc of lesion in each slice: what a training step costs does not depend on what it sees."""
+    size, generator = recipe.inputs.img_size, torch.Generator().manual_seed(recipe.seed)
+    images = torch.randn(len(recipe.inputs.modalities), slices, size, size, generator=generator).half()
+    y, x = torch.meshgrid(*[torch.arange(size) - size / 2] * 2, indexing="ij")
+    return [CaseSlices("noise", images, ((x**2 + y**2) < (size / 16) ** 2).byte().expand(slices, -1, -1))]
+
+
+class Step:
+    """A training step on one micro-batch of the recipe, "ours" or "eager", from slices in memory to changed weights."""
+
+    def __init__(self, recipe: Recipe, who: str, device: torch.device = CPU):
+        self.recipe, self.who, self.device = recipe, who, device
+        self.precision = native_precision(recipe.training.precision, device) if who == "ours" else "no"
+        network = WMHNet(recipe)
+        network = network.cast_frozen(self.precision) if who == "ours" else baselines.eager_network(network, recipe.inputs.img_size)
+        self.network = network.train().to(device)
+        self.optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], recipe.training.lr)
+        self.cases = random_slices(recipe, max(8, recipe.training.batch_size))
+        self.places = [(0, z) for z in range(recipe.training.batch_size)]
+        self.rng, self.generator = np.random.default_rng(recipe.seed), torch.Generator().manual_seed(recipe.seed)
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """The loader alone."""
+        inputs = self.recipe.inputs
+        if self.who == "eager":
+            return baselines.per_sample_batch(self.cases, self.places, self.recipe.augment, inputs.context, self.rng)
+        images, labels = (t.to(self.device) for t in stack_slices(self.cases, self.places, inputs.context))
+        images, labels = augment(images, labels, self.recipe.augment, self.generator)
+        return drop_modalities(images, inputs, self.generator), labels
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
+            return self.network(images)
+
+    def run(self) -> float:
+        """The step; its loss."""
+        images, labels = self.load()
+        if self.who == "eager":
+            return baselines.eager_step(self.network, self.optimizer, images, labels, self.recipe)
+        fused, scales = self.forward(images)
+        loss = total_loss(fused, scales, labels, self.recipe.loss)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.training.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def losses(self) -> Callable[[], None]:
+        """The loss of the last pass with its gradient, as a work of its own."""
+        images, labels = self.load()
+        with torch.no_grad():
+            given = self.forward(images)
+
+        def work() -> None:
+            fused, scales = (given[0].float().requires_grad_(), [z.float().requires_grad_() for z in given[1]])
+            total_loss(fused, scales, labels, self.recipe.loss)[0].backward()
+
+        return work
+
+
+def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, float]] | None = None) -> list[dict]:
+    """The step against the straightforward one, the loader and the loss against the step. `memory`: of "ours" and "eager", as
+    `step_memory` gives it."""
+    eager, ours = Step(recipe, "eager"), Step(recipe, "ours")
+    what = f"batch {recipe.training.batch_size}, {recipe.inputs.img_size} px"
+    times, _ = alternate({"eager": eager.run, "ours": ours.run}, repetitions)
+    loaders, _ = alternate({"eager": eager.load, "ours": ours.load}, repetitions + 2)
+    loss, _ = alternate({"ours": ours.losses()}, repetitions + 2)
+    kept = [memory[who]["step_mb"] if memory else np.nan for who in ("eager", "ours")]
+    words = "loader, forward, backward, AdamW" + (f"; memory: the peak above the {memory['eager']['loaded_mb']:.0f} and {memory['ours']['loaded_mb']:.0f} MB "
+                                                  "of the process with its weights, each in a process of its own" if memory else "")
+    return [row(f"training step, {what}", times["eager"], times["ours"], 2, memory=kept, memory_target=0.5, note=words),
+            row(f"loader alone, {what}", times["ours"], loaders["ours"], 5, note="against our whole step, which holds it"),
+            row(f"augmentation, {what}", loaders["eager"], loaders["ours"], note="in a batch, against one slice after the other with scipy"),
+            row(f"loss on all scales, {what}", times["ours"], loss["ours"], 2, note="forward and backward, against our whole step: more than half would dominate")]
+
+
+def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
+    """MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
+    its peak (`step_mb`), measured in a fresh process."""
+    command = [sys.executable, "-m", "wmhlib.benchsteps", who, "--recipe", recipe.to_json(), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise WMHError(f"the process that measures the memory of a step ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torch.device, repetitions: int = 5) -> pd.DataFrame:
+    """Our step on `device` at several batch sizes: `samples_per_s`, `mfu` (share of the matrix `rate` in GFLOP/s that the useful
+    operations of forward and backward pass reach), `peak_mb` of memory, and `recipe_hours`: all epochs of the recipe on the challenge's
+    training cases, extrapolated from these steps (about 1,400 slices an epoch; validation not counted)."""
+    rows, flops = [], 1e-9 * network_flops(recipe, training=True)
+    for size in batches:
+        step = Step(replace(recipe, training=replace(recipe.training, batch_size=size)), "ours", device)
+        step.run()
+        hardware.reset_peak(device)
+        times, _ = alternate({"ours": step.run}, repetitions)
+        spent = float(np.median(times["ours"]))
+        rows.append(dict(batch=size, step_s=spent, samples_per_s=size / spent, mfu=flops * size / spent / rate,
+                         peak_mb=1e-6 * hardware.measured_peak(device), recipe_hours=recipe.training.epochs * _SLICES * spent / size / 3600))
+        del step
+    return pd.DataFrame(rows)
+
+
+def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
+    """`step_rates` at batch 4, 16 and 64 on the GPU, and what `machine` says of it; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda")
+    measured = machine(8192, device=device)
+    precision = native_precision(recipe.training.precision, device)
+    return step_rates(recipe, (4, 16, 64), measured["fp32" if precision == "no" else "bf16"], device), measured
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.benchsteps", description="Prints the memory of a training step.")
+    parser.add_argument("who", choices=("ours", "eager"))
+    parser.add_argument("--preset", default="colab")
+    parser.add_argument("--overrides", default="encoder.random=true")
+    parser.add_argument("--recipe", default="", help="a recipe as JSON, in place of a preset")
+    parser.add_argument("--threads", type=int, default=0)
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    Step(preset("smoke"), given.who).run()  # loads all libraries
+    step = Step(Recipe.from_json(given.recipe) if given.recipe else preset(given.preset, given.overrides), given.who)
+    loaded = psutil.Process().memory_info().rss
+    hardware.reset_peak(CPU)
+    step.run()
+    print(json.dumps({"loaded_mb": 1e-6 * loaded, "step_mb": 1e-6 * (hardware.measured_peak(CPU) - loaded)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

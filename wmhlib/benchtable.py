@@ -1,0 +1,81 @@
+"""The table of notebook 10_benchmark: works taken in turns, a row for each pair of ways to one result, and how it is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import torch
+
+Times = dict[str, list[float]]
+
+
+def alternate(works: dict[str, Callable[[], object]], repetitions: int) -> tuple[Times, dict[str, object]]:
+    """Seconds of each work, taken in turns `repetitions` times so that whatever else the machine does hits all of them, and
+    what each gave."""
+    times: Times = {name: [] for name in works}
+    results = {}
+    for _ in range(repetitions):
+        for name, work in works.items():
+            start = time.perf_counter()
+            results[name] = work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times, results
+
+
+def row(what: str, baseline: list[float], ours: list[float], target: float = np.nan, error: float = np.nan, error_target: float = np.nan,
+        memory: tuple[float, float] = (np.nan, np.nan), memory_target: float = np.nan, note: str = "") -> dict:
+    """A row of the table: median seconds of the baseline and of ours with their range, `ratio` of the medians (`target`: the
+    least it must be), largest `error` and memory in MB with what they may be at most (memory as a share of the baseline's)."""
+    first, second = median(baseline), median(ours)
+    return dict(what=what, baseline_s=first, ours_s=second, ratio=first / second, target=target, error=error, error_target=error_target,
+                memory_baseline_mb=memory[0], memory_ours_mb=memory[1], memory_target=memory_target, baseline_min=min(baseline),
+                baseline_max=max(baseline), ours_min=min(ours), ours_max=max(ours), repetitions=len(ours), note=note)
+
+
+def reached(table: pd.DataFrame) -> pd.Series:
+    """Whether each row holds all it must: "yes", "no", or "" where it must nothing or was not measured."""
+    share = table.memory_ours_mb / table.memory_baseline_mb
+    pairs = ((-table.ratio, -table.target), (table.error, table.error_target), (share, table.memory_target))
+    fails = sum((found > limit).astype(int) for found, limit in pairs)
+    asked = sum((found.notna() & limit.notna()).astype(int) for found, limit in pairs)
+    return pd.Series(np.select([fails > 0, asked > 0], ["no", "yes"], ""), table.index)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table for a README, one line a row."""
+    lines = ["| what | baseline | ours | ratio | must be | error | reached |", "|---|---|---|---|---|---|---|"]
+    for line, held in zip(table.itertuples(), reached(table)):
+        lines.append(f"| {line.what} | {_s(line.baseline_s)} | {_s(line.ours_s)} | {_ratio(line.ratio)} | {_ratio(line.target)} | "
+                     f"{_plain(line.error)} | {held or '-'} |")
+        if np.isfinite(line.memory_ours_mb):
+            lines.append(f"| {line.what}: memory | {line.memory_baseline_mb:.0f} MB | {line.memory_ours_mb:.0f} MB | "
+                         f"{_ratio(line.memory_baseline_mb / line.memory_ours_mb)} | {_ratio(1 / line.memory_target)} | | |")
+    return "\n".join(lines)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table ready to read, with the range of the times."""
+    return pd.DataFrame({
+        "baseline": [f"{_s(r.baseline_s)} ({_s(r.baseline_min)} to {_s(r.baseline_max)})" for r in table.itertuples()],
+        "ours": [f"{_s(r.ours_s)} ({_s(r.ours_min)} to {_s(r.ours_max)})" if np.isfinite(r.ours_s) else "-" for r in table.itertuples()],
+        "ratio": table.ratio.map(_ratio), "must be": table.target.map(_ratio), "error": table.error.map(_plain),
+        "memory (MB)": [f"{r.memory_baseline_mb:.0f} / {r.memory_ours_mb:.0f}" if np.isfinite(r.memory_ours_mb) else "-" for r in table.itertuples()],
+        "reached": reached(table), "note": table.note}).set_index(table.what.rename("what"))
+
+
+def _s(value: float) -> str:
+    return "-" if not np.isfinite(value) else f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 2}f}x" if np.isfinite(value) else "-"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.1e}" if np.isfinite(value) and value else "0" if value == 0 else "-"
