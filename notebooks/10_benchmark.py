@@ -58,10 +58,10 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from wmhlib import benchcharts, benchgrowth, benchmark, benchsteps, benchtable, roofline
+from wmhlib.bench import charts, growth, measures, roofline, steps, table
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 
-plan = benchmark.plan(preset, bool(quick))
+plan = measures.plan(preset, bool(quick))
 out = Path(out_dir or f"{root}/benchmark")
 machine = roofline.machine(plan.matrix)
 write_atomic(out / "machine.json", json.dumps(machine, indent=2) + "\n")
@@ -71,90 +71,97 @@ pd.Series(machine, name="").to_frame()
 # The memory of a training step, ours and the plain loop's, each in a process of its own, while this one is still small.
 
 # %%
-memory = {who: benchsteps.step_memory(plan.full, who) for who in ("eager", "ours")} if plan.memory else None
+memory = {who: steps.step_memory(plan.full, who) for who in ("eager", "ours")} if plan.memory else None
 
 # %% [markdown]
 # The encoder, on one image: against segment_anything's own with the same weights, with and without
 # gradients, and against a plain matrix product.
 
 # %%
-rows = benchmark.encoder_rows(plan.full, plan.matrix, plan.repetitions)
+rows = measures.encoder_rows(plan.full, plan.matrix, plan.repetitions)
 
 # %% [markdown]
-# Whole volumes with eight views: against one slice and one view at a time. A synthetic case of the challenge's size for the small
-# network, trained if the run has weights; a slab of it for the one at full size, whose baseline would take many minutes.
+# Whole volumes with eight views: against one slice and one view at a time. Synthetic cases of the challenge's sizes, Utrecht's
+# with brain in every slice and GE3T's down to the neck, for the small network, trained if the run has weights.
 
 # %%
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 run, folder = RunFolder(run_dir or f"{root}/{preset}"), tempfile.TemporaryDirectory()
-network, name = benchmark.trained_network(run, plan)
-full = benchmark.full_network(plan.full)
-case, large = benchmark.challenge_cases(folder.name, [network.recipe, plan.full], plan.scale, plan.depth)
-rows += benchmark.volume_rows(network, case, plan.few, f"volume, eight views, {name}", device)
-rows += benchmark.volume_rows(full, benchmark.slab(large, plan.slab), 1, f"slab, eight views, {plan.full.name} network", device, large)
+network, name = measures.trained_network(run, plan)
+sites = measures.challenge_cases(folder.name, network.recipe, plan.scale, plan.depth)
+for site in ("Utrecht", "GE3T"):
+    rows += measures.volume_rows(network, sites[site], plan.few, f"volume like {site}'s, eight views, {name}", device)
+
+# %% [markdown]
+# A slab of Utrecht's for the network at full size, whose baseline would take many minutes.
+
+# %%
+full, case = measures.full_network(plan.full), sites["Utrecht"]
+large = measures.challenge_cases(folder.name, plan.full, plan.scale, plan.depth)["Utrecht"]
+rows += measures.volume_rows(full, measures.slab(large, plan.slab), 1, f"slab, eight views, {plan.full.name} network", device, large)
 
 # %% [markdown]
 # A training step: against the plain loop in fp32 with augmentation sample by sample.
 
 # %%
-rows += benchsteps.step_rows(plan.full, plan.few, memory)
+rows += steps.step_rows(plan.full, plan.few, memory)
 
 # %% [markdown]
 # The search for the operating point: against labelling the mask anew at each of its points.
 
 # %%
-rows += benchmark.search_rows(case, plan.grid, plan.few)
+rows += measures.search_rows(case, plan.grid, plan.few)
 
 # %% [markdown]
 # One scan of the challenge's size, from starting the command to all files written.
 
 # %%
-rows.append(benchmark.predict_row(run))
+rows.append(measures.predict_row(run))
 
 # %% [markdown]
 # ## Every claim as a ratio
 
 # %%
-table = pd.DataFrame(rows)
-write_table(table.assign(reached=benchtable.reached(table)), out / "benchmark.csv")
-benchcharts.tell(benchtable.shown(table), "benchmark", machine)
-benchcharts.show(benchcharts.ratio_figure(table), out, "ratios", machine)
+claims = pd.DataFrame(rows)
+write_table(claims.assign(reached=table.reached(claims)), out / "benchmark.csv")
+charts.tell(table.shown(claims), "benchmark", machine)
+charts.show(charts.ratio_figure(claims), out, "ratios", machine)
 
 # %% [markdown]
 # ## What the machine allows
 
 # %%
-points = benchmark.roofline_table(plan.full, plan.few)
-benchcharts.show(benchcharts.roofline_figure(points, machine), out, "roofline", machine)
+points = measures.roofline_table(plan.full, plan.few)
+charts.show(charts.roofline_figure(points, machine), out, "roofline", machine)
 
 # %% [markdown]
 # ## How cost grows
 
 # %%
-growth = benchgrowth.growth(plan, case)
-write_table(growth, out / "growth.csv")
-benchcharts.show(benchcharts.growth_figure(growth), out, "growth", machine)
-held = growth.dropna(subset="memory_mb").pivot(index=["what", "along"], columns="n", values="memory_mb")
-benchcharts.tell(held.map("{:.0f} MB".format, na_action="ignore").fillna(""), "memory", machine)
+curves = growth.growth(plan, case)
+write_table(curves, out / "growth.csv")
+charts.show(charts.growth_figure(curves), out, "growth", machine)
+held = curves.dropna(subset="memory_mb").pivot(index=["what", "along"], columns="n", values="memory_mb")
+charts.tell(held.map("{:.0f} MB".format, na_action="ignore").fillna(""), "memory", machine)
 
 # %% [markdown]
 # ## On a GPU
 
 # %%
-benchcharts.tell_gpu(benchsteps.gpu_rates(plan.full))
+charts.tell_gpu(steps.gpu_rates(plan.full))
 
 # %% [markdown]
 # ## What 10,000 scans cost
 
 # %%
-Markdown(benchgrowth.ten_thousand(plan.full, large, rows, benchgrowth.files_s(large)))
+Markdown(growth.ten_thousand(plan.full, large, rows, growth.files_s(large)))
 
 # %% [markdown]
 # ## Limits
 #
 # Ratios hold for this machine and this number of threads; others have other roofs, and a processor without bf16 instructions
-# falls back to fp32. Medians of few repetitions: the ranges say how quiet the machine was. The case is synthetic (n = 1), of the geometry of
-# one site; lesion load moves the search, not the network. The straightforward ways are our own plain code around public
+# falls back to fp32. Medians of few repetitions: the ranges say how quiet the machine was. The cases are synthetic (n = 1 a
+# geometry); lesion load moves the search, not the network. The straightforward ways are our own plain code around public
 # packages, not another project's product. Rates of GPUs in the paragraph are assumptions.
 
 # %%

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmhlib import InputError, baselines, benchcharts, benchgrowth, benchmark, benchsteps, benchtable, roofline, suite
-from wmhlib.batches import CaseSlices
+from wmhlib import suite
+from wmhlib.bench import baselines, charts, growth, measures, roofline, steps, table
 from wmhlib.engine import WMHInferenceEngine
+from wmhlib.errors import InputError
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.search import PER_CASE, search
 from wmhlib.settings import Augment, Encoder, Operating, preset
+from wmhlib.slicestore import CaseSlices
 from wmhlib.workspace import RunFolder, read_table
 
 SMOKE = preset("smoke")
@@ -23,7 +25,7 @@ OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return benchmark.challenge_cases(tmp_path_factory.mktemp("case"), [SMOKE], 4.0)[0]
+    return measures.challenge_cases(tmp_path_factory.mktemp("case"), SMOKE, 4.0)["Utrecht"]
 
 
 @pytest.mark.parametrize("px", [64, 96])
@@ -35,7 +37,7 @@ def test_segment_anythings_encoder_gives_our_features_at_any_size(px):
 
 
 def test_the_eager_network_gives_our_logits_and_gradients():
-    network = benchmark.full_network(SMOKE)
+    network = measures.full_network(SMOKE)
     eager, image = baselines.eager_network(network, 64), torch.randn(2, 1, 64, 64)
     assert type(eager.encoder) is type(network.encoder) and "segment_anything" in type(eager.encoder.get_base_model()).__module__
     for net in (eager, network):
@@ -54,8 +56,8 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch):
 
 
 def test_slice_by_slice_gives_the_engines_probabilities(case):
-    part = benchmark.slab(case, 3)
-    network = benchmark.full_network(preset("smoke", "operating.views=8"))
+    part = measures.slab(case, 3)
+    network = measures.full_network(preset("smoke", "operating.views=8"))
     found = WMHInferenceEngine(network, "cpu").predict(part).prob_tta
     expected = baselines.slice_by_slice(baselines.eager_network(network, 64), part)
     assert found.shape == (*case.grid.shape[:2], 3) and (found > 0).any()
@@ -64,7 +66,7 @@ def test_slice_by_slice_gives_the_engines_probabilities(case):
 
 def test_the_naive_search_gives_the_searchs_table_to_the_last_bit(case):
     grid = Operating(thresholds=(0.2, 0.6), sizes=(1, 3, 8), sizes_mm3=(9.0, 150.0))
-    items = [benchmark.predicted(case, number) for number in range(2)]
+    items = [measures.predicted(case, number) for number in range(2)]
     items[1]["reference"] = np.where(items[1]["reference"] == 1, 2, 0).astype(np.uint8)  # no lesion
     table, _ = search(items, grid)
     expected = baselines.naive_search(items, grid)
@@ -105,48 +107,48 @@ def test_padding_is_not_counted():
 
 def test_a_row_is_the_ratio_of_its_medians_and_is_judged_by_all_it_must_hold():
     limits = dict(target=2, error_target=1e-4, memory_target=0.5)
-    rows = [benchtable.row("good", [3.0, 9.0, 4.0], [1.0, 2.0, 1.5], error=1e-5, memory=(10, 5), **limits),
-            benchtable.row("slow", [3.0], [2.0], error=1e-5, memory=(10, 5), **limits),
-            benchtable.row("wrong", [3.0], [1.0], error=1e-3, memory=(10, 5), **limits),
-            benchtable.row("large", [3.0], [1.0], error=1e-5, memory=(10, 6), **limits),
-            benchtable.row("open", [3.0], [1.0]), benchtable.row("left out", [3.0], [np.nan], 2)]
-    table = pd.DataFrame(rows)
-    assert np.allclose(table.ratio[:5], table.baseline_s[:5] / table.ours_s[:5]) and table.ratio[0] == 4 / 1.5
-    assert benchtable.reached(table).tolist() == ["yes", "no", "no", "no", "", ""]
-    lines = benchtable.markdown(table).splitlines()
+    rows = [table.row("good", [3.0, 9.0, 4.0], [1.0, 2.0, 1.5], error=1e-5, memory=(10, 5), **limits),
+            table.row("slow", [3.0], [2.0], error=1e-5, memory=(10, 5), **limits),
+            table.row("wrong", [3.0], [1.0], error=1e-3, memory=(10, 5), **limits),
+            table.row("large", [3.0], [1.0], error=1e-5, memory=(10, 6), **limits),
+            table.row("open", [3.0], [1.0]), table.row("left out", [3.0], [np.nan], 2)]
+    claims = pd.DataFrame(rows)
+    assert np.allclose(claims.ratio[:5], claims.baseline_s[:5] / claims.ours_s[:5]) and claims.ratio[0] == 4 / 1.5
+    assert table.reached(claims).tolist() == ["yes", "no", "no", "no", "", ""]
+    lines = table.markdown(claims).splitlines()
     assert lines[2] == "| good | 4 s | 1.5 s | 2.67x | 2.00x | 1.0e-05 | yes |" and lines[3].startswith("| good: memory | 10 MB | 5 MB |")
     assert {line.count("|") for line in lines} == {8}
 
 
 @pytest.mark.parametrize("who", ["ours", "eager"])
 def test_a_step_trains_and_its_process_tells_its_memory(who, capsys):
-    step = benchsteps.Step(SMOKE, who)
+    step = steps.Step(SMOKE, who)
     losses = [step.run() for _ in range(6)]
     assert losses[-1] < losses[0]
-    assert benchsteps.main([who, "--preset", "smoke", "--overrides", ""]) == 0
+    assert steps.main([who, "--preset", "smoke", "--overrides", ""]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"loaded_mb", "step_mb"}
 
 
 def test_rates_follow_from_the_steps(case):
-    rates = benchsteps.step_rates(SMOKE, (2, 4), 100.0, torch.device("cpu"), 1)
+    rates = steps.step_rates(SMOKE, (2, 4), 100.0, torch.device("cpu"), 1)
     assert np.allclose(rates.samples_per_s, rates.batch / rates.step_s) and (rates.mfu > 0).all()
 
 
 def test_ten_thousand_scans_are_told_from_what_was_counted_and_what_was_measured(case):
-    rows = [benchtable.row("slab, eight views, colab network: a slice", [9.0], [3.0])]
-    text = benchgrowth.ten_thousand(preset("colab"), case, rows, cpu_s=2.0)
+    rows = [table.row("slab, eight views, colab network: a slice", [9.0], [3.0])]
+    text = growth.ten_thousand(preset("colab"), case, rows, cpu_s=2.0)
     assert "an estimate" in text and "not measured" in text and "accelerate launch" in text and "H100" in text
     assert text.count("10,000 scans") == 2 and "2 s of one core" in text
 
 
 def test_prediction_is_left_out_where_nothing_is_trained(tmp_path):
-    row = benchmark.predict_row(RunFolder(tmp_path))
+    row = measures.predict_row(RunFolder(tmp_path))
     assert np.isnan(row["ratio"]) and "left out" in row["note"] and str(tmp_path) in row["note"]
 
 
 def test_captions_name_the_machine():
     machine = {"name": "Processor X", "threads": 2}
-    assert all("Processor X (2 threads)" in benchcharts.caption(name, machine) for name in benchcharts.CAPTIONS)
+    assert all("Processor X (2 threads)" in charts.caption(name, machine) for name in charts.CAPTIONS)
 
 
 def test_the_notebook_leaves_its_tables_and_figures(tmp_path):

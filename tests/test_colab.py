@@ -138,7 +138,7 @@ def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):  # no
 
 
 def test_only_the_workspace_imports_colab():
-    for path in (*sorted((ROOT / "wmhlib").glob("*.py")), *NOTEBOOKS):
+    for path in (*sorted((ROOT / "wmhlib").rglob("*.py")), *NOTEBOOKS):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
             assert path.name == "workspace.py" or not any(name.split(".")[0] == "google" for name in names), f"{path}:{node.lineno}"

@@ -141,7 +141,7 @@ def test_an_estimate_leaves_random_numbers_alone():
 
 
 def test_a_freed_tensor_is_no_longer_held():
-    held = hardware._Held()
+    held = hardware.Held()
     with held:
         kept = torch.zeros(1000)
         torch.zeros(5000) + 1

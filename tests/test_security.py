@@ -23,7 +23,7 @@ from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*sorted((ROOT / "wmhlib").glob("*.py")), *sorted((ROOT / "notebooks").glob("*.py"))]
+SOURCES = [*sorted((ROOT / "wmhlib").rglob("*.py")), *sorted((ROOT / "notebooks").glob("*.py"))]
 SMALL = Encoder(dim=16, depth=1, heads=1, global_blocks=(), window=2, grid=2)
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "telnetlib"}
 

@@ -81,7 +81,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
         network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen(precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-        side, held = recipe.inputs.img_size, _Held()
+        side, held = recipe.inputs.img_size, Held()
         images = torch.empty(batch_size, recipe.inputs.channels, side, side)
         labels = torch.empty(batch_size, 1, side, side, dtype=torch.uint8)
         for tensor in (*network.state_dict().values(), images, labels):
@@ -158,7 +158,7 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-class _Held(TorchDispatchMode):
+class Held(TorchDispatchMode):
     """Follows every storage that operations give back while it is the mode: `bytes` held now, and their `peak`."""
 
     def __init__(self):

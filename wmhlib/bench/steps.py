@@ -1,7 +1,7 @@
 """The training step of notebook 10_benchmark: its time against the straightforward one, its memory in a process of its own,
 and what a GPU makes of it.
 
-    python -m wmhlib.benchsteps ours --preset colab --overrides encoder.random=true
+    python -m wmhlib.bench.steps ours --preset colab --overrides encoder.random=true
 
 prints the memory of a step ("ours" or "eager") as JSON.
 """
@@ -21,15 +21,16 @@ import psutil
 import torch
 from torch import Tensor
 
-from . import baselines, hardware
-from .batches import CaseSlices, augment, drop_modalities, stack_slices
-from .benchmark import CPU
-from .benchtable import alternate, row
-from .errors import WMHError
-from .losses import total_loss
-from .network import WMHNet, dtype_of, native_precision
+from .. import hardware
+from ..batches import CaseSlices, augment, drop_modalities, stack_slices
+from ..errors import WMHError
+from ..losses import total_loss
+from ..network import WMHNet, dtype_of, native_precision
+from ..settings import Recipe, preset
+from . import baselines
+from .measures import CPU
 from .roofline import machine, network_flops
-from .settings import Recipe, preset
+from .table import alternate, row
 
 _SLICES = 1400  # that an epoch of the challenge's training cases draws: about 42 cases of 33 slices
 
@@ -115,7 +116,7 @@ def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, floa
 def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
     """MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
     its peak (`step_mb`), measured in a fresh process."""
-    command = [sys.executable, "-m", "wmhlib.benchsteps", who, "--recipe", recipe.to_json(), "--threads", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "wmhlib.bench.steps", who, "--recipe", recipe.to_json(), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise WMHError(f"the process that measures the memory of a step ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -150,7 +151,7 @@ def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wmhlib.benchsteps", description="Prints the memory of a training step.")
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.bench.steps", description="Prints the memory of a training step.")
     parser.add_argument("who", choices=("ours", "eager"))
     parser.add_argument("--preset", default="colab")
     parser.add_argument("--overrides", default="encoder.random=true")

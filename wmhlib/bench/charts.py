@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from .figures import BLUE, LEGEND, POINTS, VERMILLION, page, save_figure
+from ..figures import BLUE, LEGEND, POINTS, VERMILLION, page, save_figure
 
 _WHO = {"ours": (BLUE, "ours"), "segment_anything": (VERMILLION, "segment_anything, eager"), "eager": (VERMILLION, "straightforward")}
 _PARTS = {"encoder": "o", "MLP": "s", "attention": "^", "decoder": "D"}
@@ -47,7 +47,7 @@ def roofline_figure(points: pd.DataFrame, machine: dict) -> Figure:
 
 def growth_figure(growth: pd.DataFrame) -> Figure:
     """Seconds over cases, slices, pixels and views, a panel each, log scales; every point was measured. `growth` as
-    `benchgrowth.table` gives it. Panels without a point stay away."""
+    `growth.growth` gives it. Panels without a point stay away."""
     kinds = [name for name in _AXES if (growth.along == name).any()]
     fig, axes = page(-(-len(kinds) // 2), min(2, len(kinds)), (8, 3.2 * -(-len(kinds) // 2)))
     for ax, along in zip(axes.flat, kinds):
@@ -130,7 +130,7 @@ def show(figure: Figure, folder: str | Path, name: str, machine: dict) -> None:
 
 
 def tell_gpu(found: tuple[pd.DataFrame, dict] | None) -> None:
-    """Displays what `benchsteps.gpu_rates` found, or that nothing was measured."""
+    """Displays what `steps.gpu_rates` found, or that nothing was measured."""
     from IPython.display import Markdown, display
 
     if found is None:

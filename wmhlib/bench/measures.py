@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from ..engine import WMHInferenceEngine
+from ..errors import WMHError
+from ..medsam import CHANNELS, PATCH
+from ..network import WMHNet, dtype_of, load_network, native_precision
+from ..phantom import write_cohort
+from ..search import PER_CASE, search
+from ..settings import Operating, Recipe, preset
+from ..volumes import Case, Volume, brain_slices, load_case
+from ..workspace import RunFolder
 from . import baselines
-from .benchtable import alternate, row
-from .engine import WMHInferenceEngine
-from .errors import WMHError
-from .medsam import CHANNELS, PATCH
-from .network import WMHNet, dtype_of, load_network, native_precision
-from .phantom import write_cohort
 from .roofline import encoder_flops, part_seconds, points
-from .search import PER_CASE, search
-from .settings import Operating, Recipe, preset
-from .volumes import Case, Volume, brain_slices, load_case
-from .workspace import RunFolder
+from .table import alternate, row
 
 CPU = torch.device("cpu")
 NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -48,7 +48,7 @@ class Plan:
     matrix: int = 2048
     slab: int = 2
     scale: float = 1.0
-    depth: int = 48  # slices of the synthetic case
+    depth: int | None = None  # slices of the synthetic cases; None: all
     grid: Operating = POINTS
     cases: tuple[int, ...] = (1, 3, 9)
     slices: tuple[int, ...] = (6, 12, 24, 48)
@@ -176,11 +176,12 @@ def slab(case: Case, slices: int) -> Case:
     return replace(case, volume=volume, images=case.images[part], inner=case.inner[part], grid=grid, mask=None if case.mask is None else case.mask[part])
 
 
-def challenge_cases(folder: str | Path, recipes: Sequence[Recipe], scale: float = 1.0, slices: int = 48) -> list[Case]:
-    """A synthetic case of the challenge's size (Utrecht: 240 x 240 x 48, or its middle `slices`), written to `folder` and read as
-    each recipe wants it."""
-    files = write_cohort(folder, 1, recipes[0].seed, scale, progress=False).iloc[0]
-    return [slab(load_case(files.flair, files.t1, files["mask"], recipe.inputs), slices) for recipe in recipes]
+def challenge_cases(folder: str | Path, recipe: Recipe, scale: float = 1.0, slices: int | None = None) -> dict[str, Case]:
+    """A synthetic case of each of the challenge's sites (Utrecht 240 x 240 x 48, GE3T 132 x 256 x 83 down to the neck), or its
+    middle `slices`, by the site's name; written to `folder` and read as the recipe wants it."""
+    files = write_cohort(folder, 3, recipe.seed, scale, progress=False)
+    cases = {row.site: load_case(row.flair, row.t1, row.mask, recipe.inputs) for row in files.itertuples()}
+    return {site: slab(case, slices) if slices else case for site, case in cases.items()}
 
 
 def predicted(case: Case, number: int) -> dict:

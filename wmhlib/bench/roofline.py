@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .medsam import CHANNELS, PATCH
-from .network import WMHNet
-from .settings import Encoder, Recipe
+from ..medsam import CHANNELS, PATCH
+from ..network import WMHNet
+from ..settings import Encoder, Recipe
 
 
 def windows(grid: int, window: int) -> list[tuple[int, int]]:

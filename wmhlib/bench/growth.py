@@ -13,14 +13,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import baselines, hardware
-from .benchmark import CPU, Plan, full_network, search_growth, slab
-from .benchsteps import Step
-from .engine import WMHInferenceEngine
-from .network import dtype_of, native_precision
+from .. import hardware
+from ..engine import WMHInferenceEngine
+from ..network import dtype_of, native_precision
+from ..settings import Operating, Recipe
+from ..volumes import Case, brain_slices, case_canvas, from_canvas, load_case, save_like
+from . import baselines
+from .measures import CPU, Plan, full_network, search_growth, slab
 from .roofline import network_flops
-from .settings import Operating, Recipe
-from .volumes import Case, brain_slices, case_canvas, from_canvas, load_case, save_like
+from .steps import Step
 
 SUSTAINED = {"one H100-class GPU": 150e12, "one A100-class GPU": 80e12, "one T4-class GPU": 12e12}  # FLOP/s assumed, not measured
 
@@ -53,7 +54,7 @@ def slice_growth(recipe: Recipe, case: Case, numbers: Sequence[int]) -> Iterator
     engine = WMHInferenceEngine(full_network(_views(recipe, 8)), CPU)
     engine.predict(slab(case, 2))
     for n in numbers:
-        part, held = slab(case, n), hardware._Held()
+        part, held = slab(case, n), hardware.Held()
         with held:
             spent = timed(lambda part=part: engine.predict(part))
         yield dict(what="prediction", along="slices", n=n, who="ours", seconds=spent, memory_mb=1e-6 * held.peak)
