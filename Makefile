@@ -30,7 +30,7 @@ predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
 
-benchmark: .venv/tests  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
+benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
 	$(SUITE) benchmark --run "$${RUN:-$(DEMO)}" --out "$$OUT"
 
 test: .venv/tests  ## every test

@@ -50,6 +50,7 @@ quick: int = 0  # 1: every measurement at toy size, in seconds, which says nothi
 # same number of threads. Weights are random at full size: they do not change the time.
 
 # %%
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -68,9 +69,12 @@ write_atomic(out / "machine.json", json.dumps(machine, indent=2) + "\n")
 pd.Series(machine, name="").to_frame()
 
 # %% [markdown]
-# The memory of a training step, ours and the plain loop's, each in a process of its own, while this one is still small.
+# Measured in processes of their own, while this one is still small: one scan of the challenge's size, from starting the command
+# to all files written, and the memory of a training step, ours and the plain loop's.
 
 # %%
+run, folder = RunFolder(run_dir or f"{root}/{preset}"), tempfile.TemporaryDirectory()
+rows = [measures.predict_row(run)]
 memory = {who: steps.step_memory(plan.full, who) for who in ("eager", "ours")} if plan.memory else None
 
 # %% [markdown]
@@ -78,18 +82,17 @@ memory = {who: steps.step_memory(plan.full, who) for who in ("eager", "ours")} i
 # gradients, and against a plain matrix product.
 
 # %%
-rows = measures.encoder_rows(plan.full, plan.matrix, plan.repetitions)
+rows += measures.encoder_rows(plan.full, plan.matrix, plan.repetitions)
 
 # %% [markdown]
 # Whole volumes with eight views: against one slice and one view at a time. Synthetic cases of the challenge's sizes, Utrecht's
 # with brain in every slice and GE3T's down to the neck, for the small network, trained if the run has weights.
 
 # %%
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-run, folder = RunFolder(run_dir or f"{root}/{preset}"), tempfile.TemporaryDirectory()
+devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
 network, name = measures.trained_network(run, plan)
 sites = measures.challenge_cases(folder.name, network.recipe, plan.scale, plan.depth)
-for site in ("Utrecht", "GE3T"):
+for device, site in itertools.product(devices, ("Utrecht", "GE3T")):
     rows += measures.volume_rows(network, sites[site], plan.few, f"volume like {site}'s, eight views, {name}", device)
 
 # %% [markdown]
@@ -98,7 +101,8 @@ for site in ("Utrecht", "GE3T"):
 # %%
 full, case = measures.full_network(plan.full), sites["Utrecht"]
 large = measures.challenge_cases(folder.name, plan.full, plan.scale, plan.depth)["Utrecht"]
-rows += measures.volume_rows(full, measures.slab(large, plan.slab), 1, f"slab, eight views, {plan.full.name} network", device, large)
+for device in devices:
+    rows += measures.volume_rows(full, measures.slab(large, plan.slab), 1, f"slab, eight views, {plan.full.name} network", device, large)
 
 # %% [markdown]
 # A training step: against the plain loop in fp32 with augmentation sample by sample.
@@ -113,12 +117,6 @@ rows += steps.step_rows(plan.full, plan.few, memory)
 rows += measures.search_rows(case, plan.grid, plan.few)
 
 # %% [markdown]
-# One scan of the challenge's size, from starting the command to all files written.
-
-# %%
-rows.append(measures.predict_row(run))
-
-# %% [markdown]
 # ## Every claim as a ratio
 
 # %%
@@ -126,6 +124,14 @@ claims = pd.DataFrame(rows)
 write_table(claims.assign(reached=table.reached(claims)), out / "benchmark.csv")
 charts.tell(table.shown(claims), "benchmark", machine)
 charts.show(charts.ratio_figure(claims), out, "ratios", machine)
+
+# %% [markdown]
+# ## Around the network
+
+# %%
+steps_around = measures.around(case, folder.name)
+write_table(steps_around, out / "around.csv")
+charts.tell(steps_around.round(3).set_index("step"), "around", machine)
 
 # %% [markdown]
 # ## What the machine allows

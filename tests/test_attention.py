@@ -19,6 +19,13 @@ def test_blocks_of_any_size_give_softmax_attention_and_its_gradients(scores, mon
     torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), d_out), torch.autograd.grad(expected, (q, k, v), d_out))
 
 
+def test_half_precision_stays_within_the_rounding_of_the_scores():
+    q, k, v = (random(1, 4, 64, 16).detach() for _ in range(3))
+    exact = attention.attend(q, k, v)
+    half = attention.attend(*(x.bfloat16() for x in (q, k, v)))
+    assert half.dtype == torch.bfloat16 and (half.double() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_no_more_scores_than_the_limit_are_held(monkeypatch):
     monkeypatch.setattr(attention, "_SCORES", 64)
     held = []

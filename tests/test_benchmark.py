@@ -17,6 +17,7 @@ from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.search import PER_CASE, search
 from wmhlib.settings import Augment, Encoder, Operating, preset
 from wmhlib.slicestore import CaseSlices
+from wmhlib.volumes import brain_slices
 from wmhlib.workspace import RunFolder, read_table
 
 SMOKE = preset("smoke")
@@ -138,6 +139,8 @@ def test_ten_thousand_scans_are_told_from_what_was_counted_and_what_was_measured
     rows = [table.row("slab, eight views, colab network: a slice", [9.0], [3.0])]
     text = growth.ten_thousand(preset("colab"), case, rows, cpu_s=2.0)
     assert "an estimate" in text and "not measured" in text and "accelerate launch" in text and "H100" in text
+    work = roofline.network_flops(preset("colab")) * len(brain_slices(case)) * 8
+    assert growth._hours(10_000 * work / 150e12 / 3600) in text and growth._hours(10_000 * (work / 150e12 + 2) / 3600) in text
     assert text.count("10,000 scans") == 2 and "2 s of one core" in text
 
 
@@ -154,7 +157,7 @@ def test_captions_name_the_machine():
 def test_the_notebook_leaves_its_tables_and_figures(tmp_path):
     suite.execute("10_benchmark", tmp_path / "10_benchmark.ipynb", {"out_dir": str(tmp_path / "out"), "run_dir": str(tmp_path), "quick": 1})
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"benchmark.csv", "growth.csv", "machine.json", "ratios.png", "roofline.png", "growth.png"}
+    assert names == {"around.csv", "benchmark.csv", "growth.csv", "machine.json", "ratios.png", "roofline.png", "growth.png"}
     table = read_table(tmp_path / "out" / "benchmark.csv")
     measured = table[table.ours_s.notna()]
     assert len(measured) > 10 and np.allclose(measured.ratio, measured.baseline_s / measured.ours_s, rtol=1e-4)

@@ -49,7 +49,7 @@ def test_probabilities_lie_on_the_scans_own_grid_and_tta_is_the_mean_over_views(
 
 
 def test_tta_of_a_turned_canvas_is_the_turned_tta():
-    engine = WMHInferenceEngine(network("operating.views=8"))
+    engine = WMHInferenceEngine(network("operating.views=8"), "cpu")
     image = torch.randn(2, 1, 64, 64)
     mean = engine._views(image, _VIEWS[8]).mean(0)
     torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), _VIEWS[8]).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
@@ -81,9 +81,19 @@ def test_slices_without_brain_are_skipped_and_counted(cohort, tmp_path):
     assert shown[case.inner.any((0, 1))].all()
 
 
+def test_probabilities_stay_between_0_and_1_where_the_network_is_certain(cohort):
+    model = network("inputs.img_size=512")
+    torch.nn.init.constant_(model.decoder.fuse[-1].bias, 40)
+    engine = WMHInferenceEngine(model, "cpu")
+    prob = engine.predict(load_case(cohort.flair[0], inputs=engine.recipe.inputs), use_tta=False).prob
+    assert prob.max() == 1 and prob.min() == 0
+
+
 def test_inference_weights_give_what_the_trained_network_gives():
     model, image = network(), torch.randn(2, 1, 64, 64)
     merged = model.for_inference("no")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.for_inference("bf16")(image)[0], model(image)[0], atol=0.1, rtol=0.05)
     assert not any("lora" in name for name, _ in merged.named_parameters()) and any("lora" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(merged(image)[0], model(image)[0], atol=1e-5, rtol=1e-4)
 

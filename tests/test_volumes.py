@@ -9,6 +9,7 @@ from wmhlib.errors import InputError
 from wmhlib.settings import Inputs
 from wmhlib.volumes import (
     AIR,
+    brain_slices,
     case_canvas,
     from_canvas,
     load_case,
@@ -16,6 +17,7 @@ from wmhlib.volumes import (
     load_volume,
     mask_canvas,
     normalise,
+    reorient,
     save_like,
     to_canvas,
 )
@@ -23,6 +25,7 @@ from wmhlib.volumes import (
 AFFINES = {
     "RAS": np.diag([1.0, 1.0, 3.0, 1.0]), "LAS": np.diag([-0.9, 0.9, 6.0, 1.0]), "LPS": np.diag([-1.2, -1.0, 3.0, 1.0]),
     "PSR": np.array([[0, 0, 1.5, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]),  # sagittal
+    "LPI": np.diag([-1.0, -0.9, -3.0, 1.0]), "IRP": np.array([[0, 1.0, 0, 0], [0, 0, -1.0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]]),
     "oblique": np.array([[0.97, 0.05, 0.1, -80], [-0.04, 0.98, 0.2, -90], [-0.03, -0.06, 3.0, -40], [0, 0, 0, 1.0]]),
 }
 
@@ -182,7 +185,19 @@ def test_real_scans_find_head_and_lesions(real_scans):
         lesion = case.mask == 1
         assert case.inner[lesion].mean() > 0.95 and np.median(case.images[0][lesion]) > 1.5
         back = from_canvas(to_canvas(lesion, case.grid, 512), case.grid) > 0.5
+        (upright,), _ = reorient(case.volume.affine, "LPS", lesion)
+        assert set(np.flatnonzero(upright.any((0, 1)))) <= set(brain_slices(case).tolist())
         assert 2 * (back & lesion).sum() / (back.sum() + lesion.sum()) > 0.99
+
+
+@pytest.mark.parametrize("axes", AFFINES)
+def test_slices_written_one_by_one_are_those_written_at_once(head, axes):
+    case = load_case(head(AFFINES[axes]))
+    canvas, out = case_canvas(case, 64)[0], np.zeros(case.grid.shape, np.float32)
+    for place in torch.arange(case.grid.depth).flip(0):
+        torch.testing.assert_close(case_canvas(case, 64, place[None])[0, 0], canvas[place])
+        from_canvas(canvas[place][None], case.grid, place[None], out)
+    np.testing.assert_array_equal(out, from_canvas(canvas, case.grid))
 
 
 def test_air_around_the_scan_is_air_on_the_canvas(head):

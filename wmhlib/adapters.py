@@ -14,7 +14,7 @@ _TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
 
 class Dropout(nn.Dropout):
     """nn.Dropout with a quarter of the random numbers on a CPU: 64 bits decide over four elements, so that `p` holds to within
-    1e-5; what is kept is divided by its exact share."""
+    1e-5; what is kept is divided by its share."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
@@ -29,14 +29,14 @@ class Linear(peft.tuners.lora.Linear):
     where the base's output lies."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if len(self.active_adapters) != 1 or self.disable_adapters or self.merged or args or kwargs or getattr(self, "lora_variant", None):
+        if self.active_adapters != ["default"] or self.disable_adapters or self.merged or args or kwargs or getattr(self, "lora_variant", None):
             return super().forward(x, *args, **kwargs)
-        name, shape = self.active_adapters[0], x.shape
+        shape = x.shape
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x.reshape(-1, shape[-1])
-        inner = self.lora_A[name](self.lora_dropout[name](x))
-        outer = self.lora_B[name].weight * self.scaling[name]
+        inner = self.lora_A["default"](self.lora_dropout["default"](x))
+        outer = self.lora_B["default"].weight * self.scaling["default"]
         return self.base_layer(x).addmm_(inner, outer.to(inner.dtype).T).view(*shape[:-1], -1)
 
 

@@ -1,4 +1,4 @@
-"""Exact softmax attention that never holds all of its scores.
+"""Softmax attention that never holds all of its scores: exact up to their rounding to the type of the queries.
 
 A GPU has a fused kernel for it. On a CPU the products of oneDNN, a few heads at a time so that their scores stay in the
 cache, are faster than torch's fused kernel, which computes bf16 in fp32 where there is no AMX (see notebook 10_benchmark).
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 1 << 21  # held at once: 4 MB in bf16
+_SCORES = 1 << 21  # of a block: 4 MB in bf16
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,6 +35,7 @@ class _Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

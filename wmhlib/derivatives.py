@@ -1,7 +1,8 @@
 """Segments one scan or many, and leaves them as a BIDS derivatives dataset with one table and a page to look at each.
 
     python -m wmhlib.derivatives RUN_FOLDER FLAIR OUT
-    accelerate launch --num_processes 4 -m wmhlib.derivatives RUN_FOLDER FLAIR OUT   (dealt over the GPUs, which they may share)
+    accelerate launch --num_processes 4 -m wmhlib.derivatives RUN_FOLDER FLAIR OUT   (four GPUs)
+    torchrun --nproc-per-node 4 -m wmhlib.derivatives RUN_FOLDER FLAIR OUT            (GPUs that processes share, or a CPU)
 
 A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
 the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other

@@ -38,7 +38,7 @@ class Prediction:
 class WMHInferenceEngine:
     """Runs a trained network over whole scans.
 
-    model: a WMHNet; device: where it runs, the GPU if there is one; img_size: side of the canvas in pixels, the recipe's
+    model: a WMHNet, of which the engine runs a merged copy (`for_inference`); device: where it runs, the GPU if there is one; img_size: side of the canvas in pixels, the recipe's
     unless given; point: operating point (threshold, min_voxels, min_mm3, tta), the recipe's unless given.
     """
 
@@ -72,7 +72,7 @@ class WMHInferenceEngine:
         """Probabilities of every voxel of `case`; slices that show no brain are 0 and skipped.
 
         Slices are read, predicted and written back in groups: beside the scan's own arrays no more than `operating.batch_size`
-        canvases are held, whatever the number of slices and views.
+        canvases are held (or those of one slice's views), whatever the number of slices.
         """
         plain, mean = (np.zeros(case.grid.shape, np.float32) for _ in range(2))
         filled, context = brain_slices(case), self.recipe.inputs.context
@@ -83,7 +83,9 @@ class WMHInferenceEngine:
             batch = case_canvas(case, self.img_size, near)[:, number].transpose(0, 1).flatten(1, 2)
             probabilities = self._views(batch.to(self.device), views)
             for out, canvas in ((plain, probabilities[0]), (mean, probabilities.mean(0))):
-                from_canvas(canvas.clamp(0, 1), case.grid, places, out)
+                from_canvas(canvas, case.grid, places, out)
+        for out in (plain, mean):
+            np.clip(out, 0, 1, out=out)  # the weights of a resize add up to 1 but for rounding
         return Prediction(case, plain, mean, case.grid.depth - len(filled))
 
     @torch.inference_mode()

@@ -61,9 +61,9 @@ def measured_peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage of a process that a larger one has started begins with the size of that
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    status = Path("/proc/self/status")  # getrusage of a process that a larger one has started begins with the size of that
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return 1024 * int(found[1])
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -78,7 +78,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
     """
     training = replace(recipe.training, gradient_checkpointing=gradient_checkpointing)
     with torch.device("meta"):
-        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen(precision)
+        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen("no" if precision == "no" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
         side, held = recipe.inputs.img_size, Held()

@@ -212,6 +212,8 @@ def _from_windows(x: Tensor, batch: int, height: int) -> Tensor:
 
 def _pad(x: Tensor, size: int, fill: Tensor) -> Tensor:
     """B x h x w x C -> B x size x size x C with `fill` (C) below and to the right."""
-    b, h, w, c = x.shape
-    x = torch.cat([x, fill.expand(b, h, size - w, c)], 2) if w < size else x
-    return torch.cat([x, fill.expand(b, size - h, size, c)], 1) if h < size else x
+    if x.shape[1:3] == (size, size):
+        return x
+    full = fill.expand(len(x), size, size, -1).clone()
+    full[:, : x.shape[1], : x.shape[2]] = x
+    return full

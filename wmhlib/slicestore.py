@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import pandas as pd
@@ -48,8 +48,8 @@ def load_slices(rows: pd.DataFrame, inputs: Inputs, progress: bool = True) -> li
     """Every case of `rows` (columns case, flair, t1, mask) on the canvas, in a file instead of memory.
 
     The tensors are maps of a temporary file (in `tempfile.gettempdir()`, which TMPDIR moves) of 2 M + 1 bytes a pixel: 47 MB
-    for 60 slices of 512 px. The system keeps of it in memory what there is room for. The file has no name, so that nothing is left
-    however this process ends. Processes that train together read a share of the cases each, and those on one machine map each
+    for 60 slices of 512 px. The system keeps of it in memory what there is room for. Where that folder is
+    itself memory (tmpfs) they stay there. The file has no name, so that nothing is left however this process ends. Processes that train together read a share of the cases each, and those on one machine map each
     other's files (on Linux; elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the
     disk has no room.
     """
@@ -100,6 +100,11 @@ def _on_this_machine(value) -> list:
     """What each process on this machine gives, those that train together, in the same order in all of them."""
     if sys.platform != "linux" or not (distributed.is_available() and distributed.is_initialized()):
         return [value]
-    values, host = [None] * distributed.get_world_size(), socket.gethostname()
+    values, host = [None] * distributed.get_world_size(), _machine()
     distributed.all_gather_object(values, (host, value))
     return [value for place, value in values if place == host]
+
+
+def _machine() -> tuple[str, str]:
+    """What processes have in common that see each other's /proc: names of machines and containers may repeat."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")

@@ -91,7 +91,7 @@ def slice_by_slice(network: WMHNet, case: Case, views: int = 8, px: int = 0) -> 
         one = with_context(images, z, network.recipe.inputs.context)[None].to(device)
         for view in D4[:views]:
             mean[z] += unturn(torch.sigmoid(network(turn(one, *view))[0]), *view)[0, 0].cpu() / views
-    return from_canvas(mean.clamp(0, 1), case.grid)
+    return from_canvas(mean, case.grid).clip(0, 1)
 
 
 def per_sample_batch(cases: list[CaseSlices], places: list[tuple[int, int]], settings: Augment, context: int,
@@ -114,9 +114,9 @@ def _one(image: np.ndarray, label: np.ndarray, settings: Augment, rng: np.random
     offset = centre - matrix @ centre
     image = np.stack([ndimage.affine_transform(channel, matrix, offset, order=1, cval=AIR) for channel in image])
     label = ndimage.affine_transform(label, matrix, offset, order=0)
-    image = AIR - AIR * np.clip((image - AIR) / -AIR, 0, None) ** np.exp(uniform(settings.gamma))
+    image = AIR - AIR * np.clip((image - AIR) / -AIR, 0, None) ** float(np.exp(uniform(settings.gamma)))
     image = image * (1 + uniform(settings.contrast)) + uniform(settings.brightness)
-    image = image + abs(uniform(settings.noise)) * rng.standard_normal(image.shape)
+    image = image + abs(uniform(settings.noise)) * rng.standard_normal(image.shape, np.float32)
     return np.clip(image, AIR, BRIGHTEST).astype(np.float32), label
 
 

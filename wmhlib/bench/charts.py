@@ -94,7 +94,7 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
 
 CAPTIONS = {
     "benchmark":
-        "Each row: two ways to the same result, taken in turns in one process on {machine}; medians (range) of their seconds, `ratio` baseline over "
+        "Each row: two ways to the same result on {machine}, in one run, taken in turns where the note names no other way; medians (range) of their seconds, `ratio` baseline over "
         "ours. Error: the largest difference relative to the largest value unless the note says otherwise. Memory: baseline / ours. Good: every "
         "`reached` a yes.",
     "ratios":
@@ -105,10 +105,14 @@ CAPTIONS = {
         "precision (open: fp32). The decoder also moves maps through norms and GELUs between its convolutions, which is not counted.",
     "growth":
         "Seconds on {machine} as the work grows, every point measured (the encoder's are the faster of two), with the exponent of the line through them. Good: straight "
-        "lines of exponent 1 for cases, slices and views; 2 for pixels a side is the number of tokens, more is global attention. ",
+        "lines of exponent 1 for cases, slices and views; 2 for pixels a side is the number of tokens, more is global attention. By now the process keeps its memory pages, "
+        "which a fresh one asks the system for anew: segment_anything's encoder is faster here than in the table above.",
     "memory":
-        "The most memory that the search (arrays, the case in hand among them) and prediction (tensors) held at once on {machine}. Good: "
-        "the same however many cases or slices come.",
+        "The most memory that the search (arrays, the case in hand and the one before among them) and prediction (tensors) held at once on {machine}. Good: "
+        "no more from three cases on, and the same however many slices come.",
+    "around":
+        "Each step around the network on {machine}, the least of three runs on one synthetic case of 240 x 240 x 48. Good: small beside the "
+        "seconds of one scan in the table above, and beside what the network takes of them.",
     "gpu":
         "Our training step on {machine} at several batch sizes. MFU is the share of its measured matrix rate that useful operations reach; the recipe's hours are "
         "extrapolated.",

@@ -55,8 +55,9 @@ def slice_growth(recipe: Recipe, case: Case, numbers: Sequence[int]) -> Iterator
     engine.predict(slab(case, 2))
     for n in numbers:
         part, held = slab(case, n), hardware.Held()
+        spent = timed(lambda part=part: engine.predict(part))
         with held:
-            spent = timed(lambda part=part: engine.predict(part))
+            engine.predict(part)
         yield dict(what="prediction", along="slices", n=n, who="ours", seconds=spent, memory_mb=1e-6 * held.peak)
 
 
@@ -120,15 +121,15 @@ def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float,
     work = network_flops(recipe) * slices * 8
     hours = {name: scans * work / rate / 3600 for name, rate in SUSTAINED.items()}
     name, fastest = next(iter(hours.items()))
-    cores = math.ceil(cpu_s * SUSTAINED[name] / work)
+    processes = math.ceil(1 + cpu_s * SUSTAINED[name] / work)
     guesses = ", ".join(f"{_hours(value)} on {gpu} ({SUSTAINED[gpu] / 1e12:g} TFLOP/s)" for gpu, value in hours.items())
     return (f"**{scans:,} scans (an estimate).** A scan of {slices} slices with brain and eight views is {work / 1e12:,.0f} TFLOP of the {recipe.name} "
             f"network ({network_flops(recipe) / 1e9:.0f} GFLOP a slice and view, counted). At assumed sustained rates, which were not measured here, the network needs {guesses}. "
             f"On this machine's processor one such scan takes the network {_seconds(case_s)}, so {scans:,} scans {_hours(scans * case_s / 3600)}. Reading and writing "
-            f"take {_seconds(cpu_s)} of one core a scan (measured), {_hours(scans * cpu_s / 3600)} for all: to keep {name} busy, {cores} {'core' if cores == 1 else 'cores'} must feed "
-            f"it, else files set the pace. Scans are independent, so a cluster shares them out: `accelerate launch --num_processes N -m wmhlib.derivatives RUN FLAIR OUT` "
-            f"gives each process its share, and 8 such GPUs with {8 * cores} cores would need about {_hours(fastest / 8)}, the slowest "
-            "disk or network permitting. Two views cost a quarter of this, one an eighth.")
+            f"take {_seconds(cpu_s)} of one core a scan (measured), {_hours(scans * cpu_s / 3600)} for all: a process does one after the other, so {processes} of them "
+            f"keep {name} busy (one alone: {_hours(scans * (work / SUSTAINED[name] + cpu_s) / 3600)}). Scans are independent: `accelerate launch` (one process a GPU) or "
+            f"`torchrun --nproc-per-node N` with `-m wmhlib.derivatives RUN FLAIR OUT` gives each process its share, and 8 such GPUs with {8 * processes} processes and cores "
+            f"would need about {_hours(fastest / 8)}, the slowest disk or network permitting. Two views cost a quarter of this, one an eighth.")
 
 
 def _hours(value: float) -> str:

@@ -21,14 +21,16 @@ from torch import Tensor
 from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
+from ..metrics import challenge_scores, filter_components, lesion_table
 from ..network import WMHNet, dtype_of, load_network, native_precision
-from ..phantom import write_cohort
+from ..phantom import make_case, write_cohort
 from ..search import PER_CASE, search
 from ..settings import Operating, Recipe, preset
-from ..volumes import Case, Volume, brain_slices, load_case
+from ..uncertainty import entropy
+from ..volumes import Case, Volume, brain_slices, case_canvas, from_canvas, load_case, save_like
 from ..workspace import RunFolder
 from . import baselines
-from .roofline import encoder_flops, part_seconds, points
+from .roofline import encoder_flops, fastest, part_seconds, points
 from .table import alternate, row
 
 CPU = torch.device("cpu")
@@ -107,9 +109,9 @@ def encoder_rows(recipe: Recipe, size: int, repetitions: int) -> list[dict]:
 
     square = {k: torch.randn(size, size).to(dtype_of(k)) for k in kinds}
     times, outs = alternate({"sam": lambda: run(sam, "no")} | {k: lambda k=k: run(merged[k], k) for k in kinds} |
-                            {f"product {k}": lambda k=k: F.linear(square[k], square[k]) for k in kinds}, repetitions)
+                            {f"product {k}": lambda k=k: F.linear(square[k], square[k]) for k in kinds}, repetitions, warm=True)
     both, grads = alternate({"sam": lambda: gradients(eager.encoder, "no")} |
-                            {k: lambda k=k: gradients(adapted[k], k) for k in kinds}, max(1, repetitions - 2))
+                            {k: lambda k=k: gradients(adapted[k], k) for k in kinds}, max(1, repetitions - 2), warm=True)
     rows, useful = [], sum(encoder_flops(recipe.encoder, px).values())
     for kind in kinds:
         name, fp32 = NAMES[kind], kind == "no"
@@ -147,22 +149,23 @@ def volume_rows(network: WMHNet, case: Case, repetitions: int, what: str, device
     """A case with eight views on `device`: the engine against one slice and one view at a time on the same weights; and the same
     a slice looked at, without the gain of the slices that are skipped. Where `case` is a slab of the case `whole`, a third row
     says what these slices make of all of it."""
-    recipe, target = network.recipe, 10 if device.type == "cuda" else 4
+    recipe, target, place = network.recipe, *((10, ", on the GPU") if device.type == "cuda" else (4, ""))
     network.recipe = replace(recipe, operating=replace(recipe.operating, views=8))
     engine = WMHInferenceEngine(network, device)
     eager = baselines.eager_network(network, recipe.inputs.img_size).to(device)
-    times, results = alternate({"baseline": lambda: baselines.slice_by_slice(eager, case), "ours": lambda: engine.predict(case)}, repetitions)
+    times, results = alternate({"baseline": lambda: baselines.slice_by_slice(eager, case), "ours": lambda: engine.predict(case)}, repetitions,
+                               warm=device.type == "cuda")
     found, depth = results["ours"], case.grid.depth
     seen = found.prob_tta > 0
     error = float(np.abs(found.prob_tta - results["baseline"])[seen].max())
-    words = (f"{depth} slices, {found.skipped} without brain skipped; at most {recipe.operating.batch_size} in a pass; {NAMES[engine.precision]} against fp32; "
-             "error: of the probabilities of slices looked at, absolute")
-    rows = [row(what, times["baseline"], times["ours"], np.nan if whole else target, error, note=words)]
+    words = (f"{depth} slices, {found.skipped} without brain skipped; at most {recipe.operating.batch_size} in a pass; {NAMES[engine.precision]} with merged adapters against fp32 with "
+             "adapters beside; error: of the probabilities of slices looked at, absolute")
+    rows = [row(f"{what}{place}", times["baseline"], times["ours"], np.nan if whole else target, error, note=words)]
     each = [[t / depth for t in times["baseline"]], [t / (depth - found.skipped) for t in times["ours"]]]
-    rows.append(row(f"{what}: a slice", *each, note="the same times, each divided by the slices it looked at"))
+    rows.append(row(f"{what}: a slice{place}", *each, note="the same times, each divided by the slices it looked at"))
     if whole:
         depth, brain = whole.grid.depth, len(brain_slices(whole))
-        rows.append(row(f"{what}: all slices", [t * depth for t in each[0]], [t * brain for t in each[1]], target,
+        rows.append(row(f"{what}: all slices{place}", [t * depth for t in each[0]], [t * brain for t in each[1]], target,
                         note=f"extrapolated from the slab to {depth} slices, {depth - brain} without brain skipped"))
     return rows
 
@@ -227,6 +230,18 @@ def search_growth(case: Case, numbers: tuple[int, ...], grid: Operating = POINTS
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         yield dict(what="search", along="cases", n=n, who="ours", seconds=spent, memory_mb=1e-6 * peak)
+
+
+def around(case: Case, folder: str | Path) -> pd.DataFrame:
+    """Seconds, the least of three runs, of each step around the network that one case passes."""
+    item, out, size = predicted(case, 0), Path(folder, "map.nii.gz"), 512
+    found = item["prob"] >= 0.5
+    works = {"phantom: one case": lambda: make_case("Utrecht", 0), "reading and normalising a scan": lambda: load_case(case.volume.path),
+             "onto the canvas of 512 px and back": lambda: from_canvas(case_canvas(case, size)[0], case.grid),
+             "component filter": lambda: filter_components(found, 3), "the challenge's five metrics": lambda: challenge_scores(case.mask, found, case.volume.spacing),
+             "table of lesions": lambda: lesion_table(found, item["prob"], case.volume.affine), "entropy": lambda: entropy(item["prob"]),
+             "a map written": lambda: save_like(item["prob"].astype(np.float32), case.volume, out)}
+    return pd.DataFrame({"step": list(works), "seconds": [fastest(work, 3) for work in works.values()]})
 
 
 def predict_row(run: RunFolder, limit: float = 15.0) -> dict:

@@ -104,11 +104,12 @@ def fastest(work: Callable[[], object], repetitions: int) -> float:
 
 
 def machine(size: int = 2048, repetitions: int = 15, device: str | torch.device = "cpu") -> dict:
-    """The machine and the most it showed: GFLOP/s of a `size`^3 matrix product in fp32 (`fp32`) and bf16 (`bf16`), and GB/s
+    """The machine and the most it showed: GFLOP/s of a `size`^3 matrix product in fp32 (`fp32`) and bf16 (`bf16`; on a GPU `fp16` too), and GB/s
     of copying a tensor of 16 size^2 numbers (`bandwidth`, read and written bytes both counted)."""
     device = torch.device(device)
     rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if device.type == "cuda" else {})
+    for name, dtype in kinds.items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         rates[name] = 2e-9 * size**3 / fastest(lambda a=a, b=b: F.linear(a, b), repetitions)
     source = torch.randn(16 * size**2, device=device)

@@ -104,9 +104,9 @@ def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, floa
     times, _ = alternate({"eager": eager.run, "ours": ours.run}, repetitions)
     loaders, _ = alternate({"eager": eager.load, "ours": ours.load}, repetitions + 2)
     loss, _ = alternate({"ours": ours.losses()}, repetitions + 2)
-    kept = [memory[who]["step_mb"] if memory else np.nan for who in ("eager", "ours")]
-    words = "loader, forward, backward, AdamW" + (f"; memory: the peak above the {memory['eager']['loaded_mb']:.0f} and {memory['ours']['loaded_mb']:.0f} MB "
-                                                  "of the process with its weights, each in a process of its own" if memory else "")
+    kept = [sum(memory[who].values()) if memory else np.nan for who in ("eager", "ours")]
+    words = "loader, forward, backward, clipping, AdamW" + (f"; memory: the peak of a process of its own, of which {memory['eager']['loaded_mb']:.0f} and "
+                                                            f"{memory['ours']['loaded_mb']:.0f} MB before the step" if memory else "")
     return [row(f"training step, {what}", times["eager"], times["ours"], 2, memory=kept, memory_target=0.5, note=words),
             row(f"loader alone, {what}", times["ours"], loaders["ours"], 5, note="against our whole step, which holds it"),
             row(f"augmentation, {what}", loaders["eager"], loaders["ours"], note="in a batch, against one slice after the other with scipy"),
@@ -147,7 +147,7 @@ def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
     device = torch.device("cuda")
     measured = machine(8192, device=device)
     precision = native_precision(recipe.training.precision, device)
-    return step_rates(recipe, (4, 16, 64), measured["fp32" if precision == "no" else "bf16"], device), measured
+    return step_rates(recipe, (4, 16, 64), measured["fp32" if precision == "no" else precision], device), measured
 
 
 def main(arguments: list[str] | None = None) -> int:

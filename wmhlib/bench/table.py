@@ -1,7 +1,13 @@
-"""The table of notebook 10_benchmark: works taken in turns, a row for each pair of ways to one result, and how it is read."""
+"""The table of notebook 10_benchmark: works taken in turns, a row for each pair of ways to one result, and how it is read.
+
+    python -m wmhlib.bench.table runs/benchmark/benchmark.csv
+
+prints it as Markdown.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -13,11 +19,13 @@ import torch
 Times = dict[str, list[float]]
 
 
-def alternate(works: dict[str, Callable[[], object]], repetitions: int) -> tuple[Times, dict[str, object]]:
+def alternate(works: dict[str, Callable[[], object]], repetitions: int, warm: bool = False) -> tuple[Times, dict[str, object]]:
     """Seconds of each work, taken in turns `repetitions` times so that whatever else the machine does hits all of them, and
-    what each gave."""
+    what each gave. `warm`: after a round that does not count."""
     times: Times = {name: [] for name in works}
     results = {}
+    if warm:
+        alternate(works, 1)
     for _ in range(repetitions):
         for name, work in works.items():
             start = time.perf_counter()
@@ -79,3 +87,7 @@ def _ratio(value: float) -> str:
 
 def _plain(value: float) -> str:
     return f"{value:.1e}" if np.isfinite(value) and value else "0" if value == 0 else "-"
+
+
+if __name__ == "__main__":
+    print(markdown(pd.read_csv(sys.argv[1])))
