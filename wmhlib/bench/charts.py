@@ -35,6 +35,8 @@ def roofline_figure(points: pd.DataFrame, machine: dict) -> Figure:
                 markerfacecolor="white" if point.precision == "fp32" else colour, markeredgewidth=1.5))
     ax.set(xscale="log", yscale="log", xlabel="operations a byte that must move (FLOP/byte)", ylabel="useful GFLOP/s", xlim=(low, high))
     ax.set_ylim(min(points.gflops.min(), low * bandwidth) * 0.6, machine["bf16"] * 2)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_formatter("")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
     plain = dict(linestyle="", color="0.35", markersize=8)

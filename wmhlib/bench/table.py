@@ -70,11 +70,12 @@ def markdown(table: pd.DataFrame) -> str:
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table ready to read, with the range of the times."""
     return pd.DataFrame({
+        "ratio": table.ratio.map(_ratio), "must be": table.target.map(_ratio), "reached": reached(table),
         "baseline": [f"{_s(r.baseline_s)} ({_s(r.baseline_min)} to {_s(r.baseline_max)})" for r in table.itertuples()],
         "ours": [f"{_s(r.ours_s)} ({_s(r.ours_min)} to {_s(r.ours_max)})" if np.isfinite(r.ours_s) else "-" for r in table.itertuples()],
-        "ratio": table.ratio.map(_ratio), "must be": table.target.map(_ratio), "error": table.error.map(_plain),
+        "error": table.error.map(_plain),
         "memory (MB)": [f"{r.memory_baseline_mb:.0f} / {r.memory_ours_mb:.0f}" if np.isfinite(r.memory_ours_mb) else "-" for r in table.itertuples()],
-        "reached": reached(table), "note": table.note}).set_index(table.what.rename("what"))
+        "note": table.note}).set_index(table.what.rename("what"))
 
 
 def _s(value: float) -> str:
