@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
-from wmhlib import bids, cohort, derivatives, layouts, medsam, splits, storage, volumes
+from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, splits, storage, volumes
 from wmhlib.errors import CheckpointError, WMHError
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.settings import Encoder, Inputs, preset
@@ -315,8 +315,8 @@ def _weights_input(seeds: Seeds, rng: np.random.Generator) -> bytes:
 def _read_scan(path: Path, seeds: Seeds) -> None:
     case = volumes.load_case(path, inputs=Inputs(img_size=32))
     assert np.isfinite(case.images).all() and case.images.shape[1:] == case.volume.data.shape == case.inner.shape
-    canvas = volumes.case_canvas(case, 32)
-    back = volumes.from_canvas(canvas[0], case.grid)
+    shown = volumes.case_canvas(case, 32)
+    back = canvas.from_canvas(shown[0], case.grid)
     assert back.shape == case.volume.data.shape and np.isfinite(back).all()
     saved = volumes.save_like(case.inner.astype(np.uint8), case.volume, path.with_name("saved.nii.gz"))
     assert np.array_equal(np.asarray(nibabel.load(saved).dataobj), case.inner)

@@ -5,10 +5,11 @@ import tempfile
 import pytest
 import torch
 
+from wmhlib.canvas import mask_canvas
 from wmhlib.errors import InputError
 from wmhlib.settings import Inputs
 from wmhlib.slicestore import load_slices
-from wmhlib.volumes import case_canvas, load_case, mask_canvas
+from wmhlib.volumes import case_canvas, load_case
 
 
 def test_slices_of_a_cohort_lie_in_a_file_without_a_name_and_not_in_memory(split_cohort, tmp_path, monkeypatch):

@@ -5,21 +5,19 @@ import numpy as np
 import pytest
 import torch
 
+from wmhlib.canvas import from_canvas, mask_canvas, to_canvas
 from wmhlib.errors import InputError
 from wmhlib.settings import Inputs
 from wmhlib.volumes import (
     AIR,
     brain_slices,
     case_canvas,
-    from_canvas,
     load_case,
     load_mask,
     load_volume,
-    mask_canvas,
     normalise,
     reorient,
     save_like,
-    to_canvas,
 )
 
 AFFINES = {

@@ -6,7 +6,7 @@
 
 A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
 the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other
-weights or at another operating point.
+weights, in another precision (a GPU's fp16 is not a laptop's fp32) or at another operating point.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
 def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True, processes: PartialState | None = None) -> pd.DataFrame:
     """Segments `scans` (columns flair, and t1, subject, session where known) with `engine`, one at a time, into `out`.
 
-    Results are named by `bids.name_scans`. Those made before of the same files, with the same weights and at the same
-    point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
+    Results are named by `bids.name_scans`. Those made before of the same files, with the same weights in the same precision, and at
+    the same point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
     that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason;
     `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,
-    paths relative to `out`; after an interruption too. Of several `processes`, which all call this with the same scans, each segments
+    paths relative to `out`; after an interruption (Ctrl-C) too. Of several `processes`, which all call this with the same scans, each segments
     every n-th one; all return the whole table, and the main one alone writes the two files, when every scan is done.
     Raises InputError if there is no scan, not one could be segmented, or `out` holds another dataset or one of the scans.
     """

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .canvas import from_canvas
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import filter_components, smallest
 from .network import WMHNet, dtype_of, load_network, native_precision
-from .volumes import Case, brain_slices, case_canvas, from_canvas, load_case
+from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
 # The views of test-time augmentation as (quarter turns, mirrored): none, left-right, both flips, all of D4.

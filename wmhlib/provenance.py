@@ -13,7 +13,7 @@ POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an o
 
 
 def made_with(engine) -> dict:
-    """Version, weights, canvas and operating point of an engine; results made with the same ones are the same."""
+    """Version, weights, precision, canvas and operating point of an engine; results made with the same ones are the same."""
     return {"version": __version__, "weights_sha256": engine.model.fingerprint(), "precision": engine.precision, "img_size": engine.img_size,
             "views": engine.recipe.operating.views, **{key: engine.point.get(key) for key in POINT}}
 
@@ -41,7 +41,7 @@ def done_before(out: Path) -> dict[str, dict]:
 
 
 def _is_complete(sidecar: dict) -> bool:
-    """Whether a sidecar holds what `_segment` wrote into it, each of its kind."""
+    """Whether a sidecar holds what `derivatives` wrote into it, each of its kind."""
     kinds = {"FLAIR": str, "MadeWith": dict, "Result": dict, "Files": dict}
     if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
         return False

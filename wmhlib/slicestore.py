@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
+from .canvas import mask_canvas
 from .errors import InputError, WMHError
 from .settings import Inputs
-from .volumes import AIR, case_canvas, load_case, mask_canvas
+from .volumes import AIR, case_canvas, load_case
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """NIfTI in, normalised slices out, and back to the scan's own grid: one preprocessing for training and inference.
 
-A scan keeps its own voxels. Axial slices are cut from it in LPS order (rows run to posterior, columns to the patient's
-left, as radiologists look at them), a square window of `fov` millimetres centred on the head is taken from each, and only
-that window is resized to the network's canvas. `from_canvas` undoes exactly this.
+A scan keeps its own voxels. A square window of `fov` millimetres centred on the head is taken from each of its axial slices,
+and only that window is resized to the network's `canvas`.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 
+from .canvas import LPS, Grid, to_canvas
 from .errors import InputError
 from .settings import Inputs
 from .workspace import atomic
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
-_LPS = axcodes2ornt(("L", "P", "S"))
 _COARSE_MM = 4.0  # grid on which the head is found
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
@@ -53,21 +51,6 @@ class Volume:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in mm along the three array axes."""
         return tuple(float(s) for s in voxel_sizes(self.affine))
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where the canvas lies on the scan: orientation and, in LPS voxels, the window (start, length) of columns and rows."""
-
-    shape: tuple[int, int, int]
-    orientation: np.ndarray
-    columns: tuple[int, int]
-    rows: tuple[int, int]
-
-    @property
-    def depth(self) -> int:
-        """Axial slices."""
-        return self.shape[int(np.flatnonzero(self.orientation[:, 0] == 2)[0])]
 
 
 @dataclass(frozen=True)
@@ -169,27 +152,6 @@ def normalise(data: np.ndarray, inner: np.ndarray, path: str | Path = "the scan"
     return np.clip((data - centre) / (width / 1.349), AIR, BRIGHTEST).astype(np.float32)
 
 
-def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0, places: torch.Tensor | None = None) -> torch.Tensor:
-    """H x W x D on the scan's grid -> float32 D x size x size; `fill` outside the scan. With `places` only these slices."""
-    lps = apply_orientation(array, ornt_transform(grid.orientation, _LPS))
-    lps = lps if places is None else lps[..., places.numpy()]
-    window = torch.full((lps.shape[2], grid.rows[1], grid.columns[1]), fill)
-    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), lps.shape))
-    window[:, cy : cy + y1 - y0, cx : cx + x1 - x0] = torch.from_numpy(
-        np.ascontiguousarray(lps[x0:x1, y0:y1].transpose(2, 1, 0), dtype=np.float32))
-    return F.interpolate(window[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
-
-
-def mask_canvas(mask: np.ndarray, grid: Grid, size: int) -> torch.Tensor:
-    """Boolean H x W x D -> boolean D x size x size; every voxel of the mask in the window keeps a pixel, however small."""
-    canvas = to_canvas(mask, grid, size) > 0.5
-    x, y, z = np.nonzero(apply_orientation(mask, ornt_transform(grid.orientation, _LPS)))
-    columns, rows = ((2 * (v - start) + 1) * size // (2 * n) for v, (start, n) in ((x, grid.columns), (y, grid.rows)))
-    seen = (columns >= 0) & (columns < size) & (rows >= 0) & (rows < size)
-    canvas[z[seen], rows[seen], columns[seen]] = True
-    return canvas
-
-
 def case_canvas(case: Case, size: int, places: torch.Tensor | None = None) -> torch.Tensor:
     """Every modality of `case` on the canvas: float32 M x D x size x size, or the slices `places` of it; air around the scan,
     an absent T1 all 0."""
@@ -202,18 +164,6 @@ def brain_slices(case: Case) -> torch.Tensor:
     lowest = np.flatnonzero(inner.any((0, 1)))[0] - _BELOW_MM / spacing[2]
     shown = (image > 0.5 * AIR).any((0, 1)) & (np.arange(image.shape[2]) >= lowest)
     return torch.from_numpy(np.flatnonzero(shown))
-
-
-def from_canvas(canvas: torch.Tensor, grid: Grid, places: torch.Tensor | None = None, out: np.ndarray | None = None) -> np.ndarray:
-    """D x size x size -> float32 H x W x D on the scan's own grid and orientation, 0 outside the window. With `places` the
-    canvas holds these slices only, which are written into `out`."""
-    out = np.zeros(grid.shape, np.float32) if out is None else out
-    window = F.interpolate(canvas[:, None].float().cpu(), (grid.rows[1], grid.columns[1]), mode="bilinear", antialias=True)
-    lps = apply_orientation(out, ornt_transform(grid.orientation, _LPS))  # a view
-    (x0, x1, cx), (y0, y1, cy) = (_overlap(w, n) for w, n in zip((grid.columns, grid.rows), lps.shape))
-    part = window[:, 0, cy : cy + y1 - y0, cx : cx + x1 - x0].numpy().transpose(2, 1, 0)
-    lps[x0:x1, y0:y1, slice(None) if places is None else places.numpy()] = part
-    return out
 
 
 def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
@@ -292,7 +242,7 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     vertex = np.flatnonzero(head.any((0, 1))).max()
     inner[..., : max(0, vertex - int(_CEREBRUM_MM / (spacing[2] * step[2])))] = False
     index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(data.shape, step, head.shape)))
-    back = ornt_transform(_LPS, io_orientation(volume.affine))
+    back = ornt_transform(LPS, io_orientation(volume.affine))
     return apply_orientation(head[index], back), apply_orientation(inner[index], back)
 
 
@@ -309,9 +259,3 @@ def _grid(volume: Volume, head: np.ndarray, inner: np.ndarray, fov: float) -> Gr
                          f"{lps.shape[2]} slices, do not fit into memory; resample it first")
     starts = [(int(first + last) + 1 - n) // 2 for (first, last), n in zip(spans[0], lengths)]
     return Grid(volume.data.shape, io_orientation(volume.affine), (starts[0], lengths[0]), (starts[1], lengths[1]))
-
-
-def _overlap(window: tuple[int, int], size: int) -> tuple[int, int, int]:
-    """Start and stop in the scan, and start in the window, of what a window (start, length) shares with `size` voxels."""
-    start, stop = max(0, window[0]), min(size, window[0] + window[1])
-    return start, max(start, stop), start - window[0]

@@ -24,13 +24,14 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ..batches import CaseSlices, with_context
+from ..canvas import from_canvas
 from ..engine import turn, unturn
 from ..errors import InputError
 from ..losses import total_loss
 from ..medsam import CHANNELS, PATCH, build_encoder
 from ..network import WMHNet
 from ..settings import Augment, Encoder, Operating, Recipe
-from ..volumes import AIR, BRIGHTEST, Case, case_canvas, from_canvas
+from ..volumes import AIR, BRIGHTEST, Case, case_canvas
 
 D4 = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # the eight views
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
@@ -27,7 +28,7 @@ from ..phantom import make_case, write_cohort
 from ..search import PER_CASE, search
 from ..settings import Operating, Recipe, preset
 from ..uncertainty import entropy
-from ..volumes import Case, Volume, brain_slices, case_canvas, from_canvas, load_case, save_like
+from ..volumes import Case, Volume, brain_slices, case_canvas, load_case, save_like
 from ..workspace import RunFolder
 from . import baselines
 from .roofline import encoder_flops, fastest, part_seconds, points
