@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from wmhlib.engine import _VIEWS, WMHInferenceEngine, turn, unturn
+from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.phantom import write_cohort
@@ -27,13 +27,13 @@ def network(overrides=""):
     return model.eval()
 
 
-@pytest.mark.parametrize("count", _VIEWS)
+@pytest.mark.parametrize("count", VIEWS)
 def test_the_views_are_distinct_and_each_is_undone(count):
     image = torch.randn(1, 1, 5, 5)
-    views = [turn(image, *view) for view in _VIEWS[count]]
+    views = [turn(image, *view) for view in VIEWS[count]]
     assert len(views) == count and torch.equal(views[0], image)
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
-    assert all(torch.equal(unturn(turned, *view), image) for turned, view in zip(views, _VIEWS[count], strict=True))
+    assert all(torch.equal(unturn(turned, *view), image) for turned, view in zip(views, VIEWS[count], strict=True))
 
 
 def test_probabilities_lie_on_the_scans_own_grid_and_tta_is_the_mean_over_views(cohort):
@@ -51,8 +51,8 @@ def test_probabilities_lie_on_the_scans_own_grid_and_tta_is_the_mean_over_views(
 def test_tta_of_a_turned_canvas_is_the_turned_tta():
     engine = WMHInferenceEngine(network("operating.views=8"), "cpu")
     image = torch.randn(2, 1, 64, 64)
-    mean = engine._views(image, _VIEWS[8]).mean(0)
-    torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), _VIEWS[8]).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
+    mean = engine._views(image, VIEWS[8]).mean(0)
+    torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), VIEWS[8]).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])

@@ -8,14 +8,11 @@ anterior, z to superior), brightness relative to normal white matter.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from nilearn import datasets
-from scipy import ndimage
+
+from .atlas import Maps, template
 
 SUB = 2  # sub-slices averaged into one slice of a scan
 AIR, CSF, BONE, MARROW, FAT, MUSCLE, SKIN, GLAND, MUCOSA, FLUID = range(10)
@@ -105,7 +102,7 @@ class Patient:
         for place in self.points.unbind(-1):
             place += self.field(size).mul_(amplitude)
 
-    def lattice(self, maps: _Maps, channels: slice) -> list[torch.Tensor]:
+    def lattice(self, maps: Maps, channels: slice) -> list[torch.Tensor]:
         """Smooth `maps` at `points`, read every 3 mm or so and interpolated linearly in between."""
         every = [max(1, round(3 / (a[1] - a[0]))) for a in self.axes]
         picks = [np.append(np.arange(0, len(a) - 1, e), len(a) - 1) for a, e in zip(self.axes, every)]
@@ -245,79 +242,6 @@ class Patient:
         for box, radius in self.pair((22, -40, 10), (4, 8, 5), 0.4):
             shade[box] = torch.maximum(shade[box], plexus * (radius < 1))
         return shade
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """Channels x X x Y x Z on a regular grid: `origin` is the position of the first voxel, `step` the voxel size."""
-
-    channels: torch.Tensor
-    origin: tuple[int, int, int]
-    step: int
-
-    def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        """Linear interpolation at `points` (... x 3), clamped at the border: channels x ..."""
-        last = torch.tensor(self.channels.shape[1:]) - 1
-        grid = (points.flatten(0, -2) - torch.tensor(self.origin)) * (2 / (self.step * last)) - 1
-        grid = grid.flip(-1)[None, None, None]
-        values = F.grid_sample(self.channels[None], grid, padding_mode="border", align_corners=True)
-        return values.reshape(-1, *points.shape[:-1])
-
-
-@lru_cache(maxsize=1)
-def template() -> tuple[_Maps, _Maps]:
-    """Brain maps at 1 mm (grey, white matter) and wide maps at 2 mm: distance to the lateral ventricles and to the
-    brain (negative inside), depth below the skin of face and neck, 3 components pointing away from the ventricles."""
-    images = [load(resolution=1) for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template,
-                                              datasets.load_mni152_brain_mask)]
-    grey, white, brain = (np.asarray(image.dataobj, np.float32) for image in images)
-    origin = tuple(int(o) for o in images[0].affine[:3, 3])
-
-    def box(*ranges):
-        return tuple(slice(low - o, high - o) for o, (low, high) in zip(origin, ranges))
-
-    deep = box((-48, 48), (-60, 48), (-12, 42))
-    room = np.zeros_like(brain)
-    room[box((-40, 40), (-52, 40), (-4, 33))] = 1
-    labels, _ = ndimage.label((1 - grey - white > 0.5)[deep] * brain[deep] * room[deep])
-    ventricles = np.zeros(brain.shape, bool)
-    ventricles[deep] = (labels > 0) & np.isin(labels, labels[[39, 40, 41, 55, 56, 57], 70, 28])  # y = 10, z = 16
-    core = ndimage.grey_opening(grey[deep], (5, 5, 5))  # caudate and thalamus; the rest of the rim is partial volume
-    rim = np.clip(grey[deep] - core, 0, 1) * ndimage.binary_dilation(ventricles[deep], iterations=5)
-    grey[deep] -= rim
-    white[deep] += rim
-
-    wide_origin, shape = (-112, -150, -180), (113, 140, 156)
-    x, y, z = np.ogrid[tuple(slice(o, o + 2 * n, 2) for o, n in zip(wide_origin, shape))]
-
-    def wide(mask):
-        padded = np.zeros(shape, bool)
-        low = [(a - b) // 2 for a, b in zip(origin, wide_origin)]
-        padded[tuple(slice(a, a + (n + 1) // 2) for a, n in zip(low, mask.shape))] = mask[::2, ::2, ::2]
-        return padded
-
-    def distance(mask):
-        (inside,) = ndimage.find_objects(mask.astype(np.uint8))
-        near = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in inside)  # with what lies outside on each side
-        away = ndimage.distance_transform_edt(~mask)
-        away[near] -= ndimage.distance_transform_edt(mask[near])
-        return 2 * away
-
-    def ellipsoid(centre, radii):
-        return sum((abs(a - c) / r) ** 2.4 for a, c, r in zip((x, y, z), centre, radii)) < 1
-
-    to_ventricles = ndimage.gaussian_filter(distance(wide(ndimage.binary_dilation(ventricles))), 0.6)
-    close, far = (distance(distance(wide(brain > 0)) < r) + r for r in (5, 16))  # closed by balls of these radii
-    to_brain = ndimage.gaussian_filter(close + (far - close) / (1 + np.exp(-(z + 2) / 5)), 1.0)
-    outward = np.gradient(ndimage.gaussian_filter(to_ventricles, 1.0), 2.0) * np.exp(-np.maximum(to_ventricles, 0) / 14)
-    face = ellipsoid((0, 34, -66), (70, 56, 88)) | ellipsoid((0, 92, -60), (13, 20, 22))
-    neck = ((x / 60) ** 2 + ((y + 26) / 60) ** 2 < 1) & (z < -35) | ellipsoid((0, -26, -42), (73, 80, 46))
-    depth = ndimage.gaussian_filter(-distance(face | neck), 1.5)
-
-    def stack(*arrays):
-        return torch.from_numpy(np.stack(arrays).astype(np.float32))
-
-    return _Maps(stack(grey, white), origin, 1), _Maps(stack(to_ventricles, to_brain, depth, *outward), wide_origin, 2)
 
 
 def rotation(*degrees: float) -> np.ndarray:

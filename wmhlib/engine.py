@@ -21,7 +21,7 @@ from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
 # The views of test-time augmentation as (quarter turns, mirrored): none, left-right, both flips, all of D4.
-_VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) for flip in (False, True) for turns in (0, 2)),
+VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) for flip in (False, True) for turns in (0, 2)),
           8: tuple((turns, flip) for flip in (False, True) for turns in range(4))}
 
 
@@ -39,8 +39,8 @@ class Prediction:
 class WMHInferenceEngine:
     """Runs a trained network over whole scans.
 
-    model: a WMHNet, of which the engine runs a merged copy (`for_inference`); device: where it runs, the GPU if there is one; img_size: side of the canvas in pixels, the recipe's
-    unless given; point: operating point (threshold, min_voxels, min_mm3, tta), the recipe's unless given.
+    model: a WMHNet, of which the engine runs a merged copy (`for_inference`); device: where it runs, the GPU if there is one;
+    img_size: side of the canvas in pixels, the recipe's unless given; point: operating point (threshold, min_voxels, min_mm3, tta), the recipe's unless given.
     """
 
     def __init__(self, model: WMHNet, device: str | torch.device | None = None, img_size: int | None = None,
@@ -77,7 +77,7 @@ class WMHInferenceEngine:
         """
         plain, mean = (np.zeros(case.grid.shape, np.float32) for _ in range(2))
         filled, context = brain_slices(case), self.recipe.inputs.context
-        views = _VIEWS[self.recipe.operating.views if use_tta else 1]
+        views = VIEWS[self.recipe.operating.views if use_tta else 1]
         for places in filled.split(max(1, self.recipe.operating.batch_size // len(views))):
             around = (places[:, None] + torch.arange(-context, context + 1)).clamp(0, case.grid.depth - 1)
             near, number = around.unique(return_inverse=True)

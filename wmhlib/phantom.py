@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .anatomy import CSF, FAT, SUB, Patient, rotation, template
+from .anatomy import CSF, FAT, SUB, Patient, rotation
+from .atlas import template
 from .cohort import find_cases
 from .errors import InputError
 from .workspace import stable_seed, write_atomic

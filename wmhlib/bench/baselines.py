@@ -25,15 +25,12 @@ from torch import Tensor, nn
 
 from ..batches import CaseSlices, with_context
 from ..canvas import from_canvas
-from ..engine import turn, unturn
+from ..engine import VIEWS, turn, unturn
 from ..errors import InputError
-from ..losses import total_loss
 from ..medsam import CHANNELS, PATCH, build_encoder
 from ..network import WMHNet
-from ..settings import Augment, Encoder, Operating, Recipe
+from ..settings import Augment, Encoder, Operating
 from ..volumes import AIR, BRIGHTEST, Case, case_canvas
-
-D4 = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # the eight views
 
 
 @functools.cache
@@ -84,13 +81,13 @@ def eager_network(network: WMHNet, px: int) -> WMHNet:
 
 @torch.inference_mode()
 def slice_by_slice(network: WMHNet, case: Case, views: int = 8, px: int = 0) -> np.ndarray:
-    """Mean probability over the first `views` of `D4`, float32 H x W x D on the scan's grid: every slice, brain or not, one
+    """Mean probability over `views` views, float32 H x W x D on the scan's grid: every slice, brain or not, one
     slice and one view at a time. `px`: side of the canvas, the recipe's unless given."""
     images = case_canvas(case, px or network.recipe.inputs.img_size)
     mean, device = torch.zeros(images.shape[1:]), next(network.parameters()).device
     for z in range(images.shape[1]):
         one = with_context(images, z, network.recipe.inputs.context)[None].to(device)
-        for view in D4[:views]:
+        for view in VIEWS[views]:
             mean[z] += unturn(torch.sigmoid(network(turn(one, *view))[0]), *view)[0, 0].cpu() / views
     return from_canvas(mean, case.grid).clip(0, 1)
 
@@ -119,17 +116,6 @@ def _one(image: np.ndarray, label: np.ndarray, settings: Augment, rng: np.random
     image = image * (1 + uniform(settings.contrast)) + uniform(settings.brightness)
     image = image + abs(uniform(settings.noise)) * rng.standard_normal(image.shape, np.float32)
     return np.clip(image, AIR, BRIGHTEST).astype(np.float32), label
-
-
-def eager_step(network: WMHNet, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe) -> float:
-    """One training step in fp32; the loss."""
-    fused, scales = network(images)
-    loss, _ = total_loss(fused, scales, labels, recipe.loss)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.training.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
 
 
 def naive_search(cases: Iterable[dict], operating: Operating) -> dict[str, list[float]]:

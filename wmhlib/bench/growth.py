@@ -21,7 +21,7 @@ from ..settings import Operating, Recipe
 from ..volumes import Case, brain_slices, case_canvas, load_case, save_like
 from . import baselines
 from .measures import CPU, Plan, full_network, search_growth, slab
-from .roofline import network_flops
+from .roofline import fastest, network_flops
 from .steps import Step
 
 SUSTAINED = {"one H100-class GPU": 150e12, "one A100-class GPU": 80e12, "one T4-class GPU": 12e12}  # FLOP/s assumed, not measured
@@ -84,11 +84,7 @@ def resolution_growth(recipe: Recipe, sizes: Sequence[int]) -> Iterator[dict]:
     for px in sizes:
         image, sam = torch.randn(1, 3, px, px), baselines.sam_encoder(recipe.encoder, plain.state_dict(), px)
         for who, work in (("segment_anything", partial(run, sam, image)), ("ours", partial(run, ours, image, precision))):
-            yield dict(what="encoder", along="px", n=px, who=who, seconds=_fastest(work))
-
-
-def _fastest(work: Callable[[], object]) -> float:
-    return min(timed(work) for _ in range(2))
+            yield dict(what="encoder", along="px", n=px, who=who, seconds=fastest(work, 2))
 
 
 def _views(recipe: Recipe, views: int) -> Recipe:

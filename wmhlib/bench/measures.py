@@ -57,7 +57,7 @@ class Plan:
     slices: tuple[int, ...] = (6, 12, 24, 48)
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
     views: tuple[int, ...] = (1, 2, 4, 8)
-    memory: bool = True  # of a training step, in processes of their own
+    quick: bool = False  # without trained weights and the memory of a step
 
 
 def plan(small: str = "demo", quick: bool = False) -> Plan:
@@ -65,7 +65,7 @@ def plan(small: str = "demo", quick: bool = False) -> Plan:
     if not quick:
         return Plan(preset("colab", "encoder.random=true"), preset(small))
     toy = preset("smoke", "training.precision=bf16")
-    return Plan(toy, toy, 1, 1, 256, 1, 4.0, 6, Operating(thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0,)), (1, 2), (2, 4), (64, 96), (1, 2), False)
+    return Plan(toy, toy, 1, 1, 256, 1, 4.0, 6, Operating(thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0,)), (1, 2), (2, 4), (64, 96), (1, 2), True)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -140,7 +140,7 @@ def roofline_table(recipe: Recipe, repetitions: int) -> pd.DataFrame:
 
 def trained_network(run: RunFolder, plan: Plan) -> tuple[WMHNet, str]:
     """The network of whole volumes and what to call it: that of `run`, or random weights where it has none or the plan is a quick one."""
-    if run.best.exists() and plan.memory:
+    if run.best.exists() and not plan.quick:
         network = load_network(run.best, run.recipe().encoder.checkpoint)[0]
         return network, f"{network.recipe.name} network, trained"
     return full_network(plan.small), f"{plan.small.name} network, random weights"

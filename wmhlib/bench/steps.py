@@ -73,8 +73,6 @@ class Step:
     def run(self) -> float:
         """The step; its loss."""
         images, labels = self.load()
-        if self.who == "eager":
-            return baselines.eager_step(self.network, self.optimizer, images, labels, self.recipe)
         fused, scales = self.forward(images)
         loss = total_loss(fused, scales, labels, self.recipe.loss)[0]
         loss.backward()
