@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
 
-.PHONY: help demo test pipeline report evaluate predict score benchmark notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score distill benchmark weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,17 +21,26 @@ pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RU
 report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found: RUN=runs/demo
 	$(SUITE) report --run "$${RUN:-$(DEMO)}"
 
-evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=runs/demo OUT=folder
-	$(SUITE) evaluate --run "$${RUN:-$(DEMO)}" --data "$$DATA" --out "$$OUT"
+evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
+	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
-predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder, OUT=folder T1=path RUN=runs/demo
-	$(SUITE) predict --run "$${RUN:-$(DEMO)}" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
+predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets)
+	$(SUITE) predict --run "$$RUN" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
 
+distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder
+	$(SUITE) distill --preset "$${PRESET:-demo}" --run "$$RUN" --medsam "$$MEDSAM" --out "$$OUT" --overrides "$$OVERRIDES"
+
 benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
 	$(SUITE) benchmark --run "$${RUN:-$(DEMO)}" --out "$$OUT"
+
+weights: .venv/installed  ## the weights in assets from nothing, hours: SEED=42
+	$(SUITE) --preset base --seed $(SEED) --run runs/base
+	$(BIN)/python -m wmhlib.shipped base runs/base
+	$(SUITE) --preset flair --seed $(SEED) --run runs/flair
+	$(BIN)/python -m wmhlib.shipped adapter runs/flair
 
 test: .venv/tests  ## every test
 	$(BIN)/python -m pytest -q

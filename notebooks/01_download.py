@@ -42,7 +42,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 data_dir: str = ""  # your cases: a folder (challenge, Kaggle or BIDS layout) or a CSV table; or where a download goes; empty: <run folder>/data
 source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic

@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
 out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>
@@ -54,7 +54,7 @@ import json
 import pandas as pd
 from IPython.display import HTML, Image, Markdown, display
 
-from wmhlib import adapters, charts, download, evaluation, figures, methods, report, viewer
+from wmhlib import adapters, charts, download, evaluation, figures, methods, prompting, report, viewer
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.workspace import RunFolder
 
@@ -66,10 +66,13 @@ engine = WMHInferenceEngine.from_run(run)
 out = download.open_evaluation(run, data_dir, out_dir) if data_dir else run
 
 # %% [markdown]
-# Every case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer.
+# Every case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer. Where the base answers prompts it is
+# also asked, before any adaptation, with the true box of each lesion.
 
 # %%
-cases = evaluation.save_masks(engine.cases(out, "test"), engine.point, out.predictions)
+base, about_base = prompting.open_base(recipe, engine.device)
+cases = prompting.with_zero_shot(engine.cases(out, "test"), base)
+cases = evaluation.save_masks(cases, engine.point, out.predictions)
 results = evaluation.evaluate(cases, engine.point, recipe.operating)
 results.write(out)
 story = methods.Story.of(run, out, adapters.budget(engine.model))
@@ -84,6 +87,7 @@ Markdown(story.heading())
 
 # %%
 report.tell(report.results_table(results.metrics, recipe.seed), "results", data, n)
+Markdown(about_base)
 
 # %% [markdown]
 # The operating point against the others, case by case.
@@ -95,7 +99,7 @@ report.tell(report.paired_table(results.metrics, recipe.seed), "paired", data, n
 # ## By site
 
 # %%
-report.show(charts.site_figure(results.metrics, recipe.seed), out, "sites", data, n)
+report.show(charts.site_figure(results.systems, recipe.seed), out, "sites", data, n)
 report.tell(report.group_table(results.own, "site", recipe.seed), "groups", data, n)
 
 # %% [markdown]

@@ -40,14 +40,14 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original or smoke
-run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+preset: str = ""  # your run of this recipe (colab, lean, demo, ...); empty: the weights that come with the suite
+run_dir: str = ""  # or its run folder; empty: <root>/<preset>, on Drive in Colab
 flair: str = ""  # FLAIR scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
 t1: str = ""  # T1 of a single FLAIR on the same grid, for recipes that use one; empty: without, or as the folder or CSV has it
-out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: <run folder>/derivatives
+out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: <root>/<preset or minisam>/derivatives
 
 # %% [markdown]
-# The trained network with its operating point.
+# The trained network with its operating point: your run's, or the one that comes with the suite (its limits: assets/minisam/README.md).
 
 # %%
 import pandas as pd
@@ -55,10 +55,10 @@ from IPython.display import HTML, Markdown, display
 
 from wmhlib import derivatives, report, scanpages, viewer
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import RunFolder
+from wmhlib.workspace import MINISAM, RunFolder
 
-run = RunFolder(run_dir or f"{root}/{preset}")
-run.recipe(preset)
+run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
+run.recipe(preset or None)
 engine = WMHInferenceEngine.from_run(run)
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 
@@ -74,7 +74,7 @@ scans[["case", "flair", "t1"]]
 # same operating point, is kept as it is. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
 
 # %%
-out = Path(out_dir).expanduser() if out_dir else run.path / "derivatives"
+out = Path(out_dir or (f"{root}/minisam/derivatives" if run == MINISAM else run.path / "derivatives")).expanduser()
 table = derivatives.predict_scans(engine, scans, out)
 print(f"every scan: {out / derivatives.INDEX}, as a table: {derivatives.TABLE} beside it")
 

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wmhlib.batches import augment, draw_slices, drop_modalities, stack_slices
+from wmhlib.batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
+from wmhlib.errors import InputError
 from wmhlib.settings import Augment, Inputs
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import AIR, BRIGHTEST
@@ -36,6 +37,15 @@ def test_drawing_depends_on_seed_and_case_alone():
     alone, together = draw_slices([case("b")], 0.2, 1), draw_slices([case("a"), case("b")], 0.2, 1)
     assert [z for _, z in alone] == [z for i, z in together if i == 1]
     assert alone != draw_slices([case("b")], 0.2, 2)
+
+
+def test_few_slices_show_lesions_and_more_of_them_begin_with_the_same():
+    cases = [case("a"), case("b", lesions=(1, 2, 5, 7))]
+    two, five = (few_slices(cases, count, seed=4) for count in (2, 5))
+    assert five[:2] == two and len(set(five)) == 5 and five != few_slices(cases, 5, seed=5)
+    assert all(z in cases[i].lesions() for i, z in five)
+    with pytest.raises(InputError, match="8 slices"):
+        few_slices(cases, 8, seed=4)
 
 
 def test_slices_of_air_are_never_drawn():

@@ -273,9 +273,9 @@ def test_kaggle_credentials_come_from_the_environment_before_files(kaggle, tmp_p
 
 def test_the_synthetic_cohort_is_made_once(monkeypatch, run):
     made = []
-    monkeypatch.setattr(download.phantom, "write_cohort", lambda folder, *a: made.append((folder, *a)))
+    monkeypatch.setattr(download.phantom, "write_cohort", lambda folder, *a, **how: made.append((folder, *a, how)))
     assert download.get_cohort(run) == download.get_cohort(run) == run.path / "data"
-    assert made == [(run.path / "data", 12, 42, 3.0)]
+    assert made == [(run.path / "data", 12, 42, 3.0, {"scanners": "challenge"})]
 
 
 def test_your_own_folder_is_taken_as_it_is(run, tmp_path):

@@ -11,7 +11,7 @@ from scipy import ndimage
 from wmhlib import evaluation
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
 from wmhlib.errors import InputError
-from wmhlib.evaluation import SYSTEMS, TABLES, evaluate, periventricular, system_masks
+from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
 from wmhlib.settings import Operating
 from wmhlib.uncertainty import flag_table
 from wmhlib.volumes import load_mask, load_volume
@@ -128,6 +128,15 @@ def test_a_case_without_lesions_or_result_is_counted_not_scored(patchy, recwarn,
     assert by_group(own.assign(burden=tertiles(own.reference_ml)), "burden").nans.tolist() == [n, n, n, 0, 0]
     assert compare_systems(found.metrics).left_out.tolist() == [n] * 3 and flag_table(found.uncertainty, 0.8).n["flagged"] == 0
     assert np.isnan(calibration_error(found.calibration)["ece_found_ci"]).all() and not len(recwarn)
+
+
+def test_a_zero_shot_mask_has_a_row_of_its_own_that_is_no_system(patchy):
+    case = patchy()
+    found = evaluate([case | dict(zero_shot=case["reference"] == 1), patchy(1, "Utrecht_2") | dict(zero_shot=np.zeros((36, 30, 12), bool))], POINT, Operating())
+    told = found.metrics[found.metrics.system == ZERO_SHOT]
+    assert told.dsc.tolist() == [1, 0] and told.result_ml.tolist() == [told.reference_ml.iloc[0], 0]
+    assert set(found.systems.system) == set(SYSTEMS) and len(found.metrics) == len(found.systems) + 2
+    pd.testing.assert_frame_equal(found.lesions, evaluate([case, patchy(1, "Utrecht_2")], POINT, Operating()).lesions)
 
 
 def test_tables_come_back_as_they_were_written(patchy, tmp_path):

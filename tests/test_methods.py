@@ -45,6 +45,12 @@ def test_the_paragraph_follows_the_recipe(run):
     assert "/secret" not in other
 
 
+def test_the_baseline_that_sees_the_reference_is_told_where_there_is_one(run):
+    assert "zero-shot" not in methods.Story.of(run, run, COUNTS).paragraph()
+    write_table(pd.DataFrame({"case": ["d"], "system": [methods.ZERO_SHOT], "dsc": [0.5]}), run.metrics_csv)
+    assert "a bound that no system can be held to, the base before any adaptation" in methods.Story.of(run, run, COUNTS).paragraph()
+
+
 def test_the_card_names_data_and_recipe(run):
     card = methods.Story.of(run, run, COUNTS).card()[""]
     assert card["evaluated on"] == "1 real scans: GE3T 1" and card["validation Dice there"] == "0.700 (n = 1)"

@@ -22,7 +22,7 @@ def scans():
 def region(scan, voxels):
     """Slices that lie wholly inside `voxels` (sub-slices of the grid, or of the part with the brain), in the case's own order of voxels."""
     whole = scan.whole if voxels.shape == scan.patient.fine.shape else scan.around_brain
-    return scan.finish(whole(phantom.pool(voxels.float()) == 1))
+    return scan.finish(whole(scan.pool(voxels.float()) == 1))
 
 
 def test_same_seed_gives_the_same_files_however_many_cases(tmp_path):

@@ -30,4 +30,4 @@ def test_values_reach_a_command_as_they_were_typed(tmp_path):
     flair, out = '"/a b/x.nii.gz" c.nii.gz', "it's `here` $(and) there"
     told = subprocess.run(["make", "-s", "-o", ".venv/installed", f"BIN={tmp_path}", "predict", f"FLAIR={flair}", f"OUT={out.replace('$', '$$')}"],
                           cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert f"--flair>\n<{flair}>" in told and f"--out>\n<{out}>" in told and "<runs/demo>" in told
+    assert f"--flair>\n<{flair}>" in told and f"--out>\n<{out}>" in told and "<--run>\n<>" in told

@@ -37,6 +37,14 @@ def test_pairs_are_tested_where_there_are_enough():
     assert table.loc["FLAIR z-score", ["Dice gained", "p", "p (Holm)"]].tolist() == ["+0.000 [+0.000, +0.000]", "-", "-"]
 
 
+def test_what_sees_the_reference_is_shown_and_not_tested(scored):
+    metrics = scored[0]
+    told = metrics[metrics.system == "network at 0.5"].assign(system=report.ZERO_SHOT, dsc=1.0)
+    both = pd.concat([metrics, told])
+    assert list(report.results_table(both).index) == [*report.SYSTEMS, "zero-shot, true boxes"]
+    pd.testing.assert_frame_equal(report.paired_table(both), report.paired_table(metrics))
+
+
 def test_volumes_have_both_r2_and_both_icc(scored):
     own = scored[0].query("system == 'operating point'")
     table = report.volume_table(own)

@@ -38,5 +38,5 @@ def test_a_recipe_file_that_is_none_is_refused_by_name(text):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(RecipeError, match="known are colab, lean, original, demo, smoke"):
+    with pytest.raises(RecipeError, match="known are colab, lean, original, demo, flair, base, smoke"):
         preset("huge")

@@ -202,3 +202,13 @@ def test_air_around_the_scan_is_air_on_the_canvas(head):
     case = load_case(head(), inputs=Inputs(fov=400.0))
     torch.testing.assert_close(case_canvas(case, 64)[0, :, 0], torch.full((len(case_canvas(case, 64)[0]), 64), AIR))
     assert case.grid.columns[1] * case.volume.spacing[0] == pytest.approx(400, abs=1)
+
+
+def test_a_brain_far_darker_than_an_open_ring_of_fat_is_found(head):
+    def far_brighter_in_front(data):
+        fat = data > 250
+        fat[:, : fat.shape[1] // 2] = False
+        return np.where(fat, 4 * data, np.where(data > 250, 20, data))
+
+    case = load_case(head(change=far_brighter_in_front))
+    assert np.median(case.volume.data[case.inner]) < 150  # the brain's brightness is 100, the fat's 1200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import peft
 import torch
 from torch import Tensor, nn
@@ -41,9 +43,10 @@ class Linear(peft.tuners.lora.Linear):
 
 
 def adapt(encoder: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
-    """Freeze `encoder` and put LoRA (Hu et al. 2021) on its attention and MLP layers; its output is unchanged at first."""
-    encoder.requires_grad_(False)
-    if adapter.method == "none":
+    """Freeze `encoder` and put LoRA (Hu et al. 2021) on its attention and MLP layers, its output unchanged at first; with the
+    method "full" all of it is trained instead."""
+    encoder.requires_grad_(adapter.method == "full")
+    if adapter.method != "lora":
         return encoder
     config = peft.LoraConfig(
         r=adapter.rank_attention, lora_alpha=adapter.rank_attention, lora_dropout=adapter.dropout, target_modules=_TARGETS,
@@ -64,9 +67,9 @@ def budget(network: nn.Module) -> dict[str, float]:
     encoder = dict(network.encoder.named_parameters())
     lora = sum(p.numel() for name, p in encoder.items() if "lora_" in name)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in network.parameters())
+    total = sum(map(_count, network.parameters()))
     return {
-        "encoder": sum(p.numel() for p in encoder.values()) - lora,
+        "encoder": sum(map(_count, encoder.values())) - lora,
         "lora": lora,
         "decoder": sum(p.numel() for p in network.decoder.parameters()),
         "channel_adapter": sum(p.numel() for p in network.channel_adapter.parameters()),
@@ -76,3 +79,9 @@ def budget(network: nn.Module) -> dict[str, float]:
         "share_percent": 100 * trainable / total,
         "trainable_mb_fp32": 4e-6 * trainable,
     }
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Weights in a tensor, of 4 bits each too."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed else parameter.numel()

@@ -14,7 +14,6 @@ import torch
 
 from .atlas import Maps, template
 
-SUB = 2  # sub-slices averaged into one slice of a scan
 AIR, CSF, BONE, MARROW, FAT, MUSCLE, SKIN, GLAND, MUCOSA, FLUID = range(10)
 
 # Tissue, centre and radii, from the outside in; x > 0 means one on each side.
@@ -42,13 +41,15 @@ class Patient:
     axes: positions (mm) of columns, rows and sub-slices from the middle of the grid; centre: MNI height of that middle.
     `head` is of the whole grid. What concerns the brain alone is asked of `inner`, the same patient in the part of the grid
     (`box`) that holds the brain. All is drawn from `rng` and `generator`, which both share, in the order of the calls, so
-    that the same calls give the same patient.
+    that the same calls give the same patient. `sub` sub-slices are averaged into one slice of a scan; `burden` (mL) and
+    `softness` (of the lesions' edges) are ranges.
     """
 
-    def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator,
-                 generator: torch.Generator):
+    def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator, generator: torch.Generator,
+                 sub: int = 2, burden: tuple[float, float] = (0.5, 60), softness: tuple[float, float] = (0.04, 0.1)):
         self.axes, self.rng, self.generator, self.box = axes, rng, generator, (slice(None),) * 3
-        self.burden = self.log_uniform(0.5, 60)  # mL
+        self.sub, self.softness = sub, softness
+        self.burden = self.log_uniform(*burden)  # mL
         self.age = self.uniform(0, 1)  # wide ventricles and wide sulci come together
 
         pitch, roll, yaw = (self.uniform(-a, a) for a in (14, 7, 9))
@@ -80,7 +81,7 @@ class Patient:
         found = [mask.amax([a for a in range(3) if a != axis]).nonzero().flatten()[[0, -1]].tolist() for axis in range(3)]
         (x0, x1), (y0, y1), (z0, z1) = found
         part = copy.copy(self)
-        part.box = (slice(x0, x1 + 1), slice(y0, y1 + 1), slice(z0 // SUB * SUB, (z1 // SUB + 1) * SUB))
+        part.box = (slice(x0, x1 + 1), slice(y0, y1 + 1), slice(z0 // self.sub * self.sub, (z1 // self.sub + 1) * self.sub))
         for name in ("points", "to_brain", "to_ventricles", "fine"):
             setattr(part, name, getattr(self, name)[part.box])
         return part
@@ -187,13 +188,13 @@ class Patient:
             score[box] = torch.maximum(score[box], self.uniform(0.6, 2.4) - radius - grain[box])
 
         gate = ((white - 0.6) * 4).clamp_(0, 1) * (height > -18 + 3 * self.fine)
-        soft = self.uniform(0.04, 0.1)
+        soft = self.uniform(*self.softness)
 
         def fraction(score, gate):  # small lesions too reach their full contrast
             return (1.3 * torch.sigmoid(score / soft) * gate).clamp_(max=1)
 
-        slices = gate[..., ::SUB] + gate[..., 1::SUB] > 0.2
-        some_score, some_gate = (torch.stack([v[..., k::SUB][slices] for k in range(SUB)], -1) for v in (score, gate))
+        slices = sum(gate[..., k :: self.sub] for k in range(self.sub)) > 0.2
+        some_score, some_gate = (torch.stack([v[..., k :: self.sub][slices] for k in range(self.sub)], -1) for v in (score, gate))
         wanted = 1000 * self.burden / voxel
         low, high = -8.0, 8.0
         for _ in range(16):

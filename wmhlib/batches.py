@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import InputError
 from .settings import Augment, Inputs
 from .slicestore import CaseSlices
 from .volumes import AIR, BRIGHTEST
@@ -23,6 +24,16 @@ def draw_slices(cases: list[CaseSlices], negatives: float, seed: int) -> list[tu
         some = others[torch.randperm(len(others), generator=generator)[: math.ceil(negatives * len(others))]]
         drawn += [(number, int(z)) for z in torch.cat([case.lesions(), some.sort().values])]
     return drawn
+
+
+def few_slices(cases: list[CaseSlices], count: int, seed: int) -> list[tuple[int, int]]:
+    """`count` slices with a lesion, drawn once from `seed`: the first of a longer draw are a shorter one. Raises InputError where
+    there are fewer."""
+    places = draw_slices(cases, 0, seed)
+    if len(places) < count:
+        raise InputError(f"{count} slices with a lesion are asked for (training.slices), the {len(cases)} training cases have {len(places)}")
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(stable_seed(seed, "few")))
+    return [places[i] for i in order[:count]]
 
 
 def stack_slices(cases: list[CaseSlices], places: list[tuple[int, int]], context: int) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,7 @@ def _is_unpacked(archive: Path, t1: bool) -> bool:
 
 
 def _synthetic(folder: Path, recipe: Recipe) -> None:
-    wanted = {"seed": recipe.seed, "cases": recipe.cohort.synthetic_cases, "scale": recipe.cohort.scale}
+    wanted = {"seed": recipe.seed, "cases": recipe.cohort.synthetic_cases, "scale": recipe.cohort.scale, "scanners": recipe.cohort.scanners}
     note = folder / SYNTHETIC_NOTE
     if note.exists() and json.loads(note.read_text()) == wanted:
         return
@@ -224,5 +224,5 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
         raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
                          "empty folder, or source to 'folder' to use what is there")
     write_atomic(note, "{}")
-    phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"])
+    phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"], scanners=wanted["scanners"])
     write_atomic(note, json.dumps(wanted))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from .canvas import from_canvas
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
-from .metrics import filter_components, smallest
+from .metrics import filter_components, reference_parts, smallest
 from .network import WMHNet, dtype_of, load_network, native_precision
+from .settings import Inputs
 from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
@@ -98,6 +99,10 @@ class WMHInferenceEngine:
         probabilities = torch.sigmoid(torch.cat(logits).float())[:, 0].unflatten(0, (len(views), -1))
         return torch.stack([unturn(x, *view) for x, view in zip(probabilities, views)])
 
+    def plain_mask(self, case: Case) -> np.ndarray:
+        """The mask (bool) of one view at 0.5, nothing filtered or chosen: for comparisons that favour nobody."""
+        return self.predict(case, use_tta=False).prob >= 0.5
+
     def predict_volume_probs(self, flair: str | Path, use_tta: bool = True,
                              t1: str | Path | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
         """Lesion probability (float32 H x W x D in [0, 1]) of a FLAIR file, and the image whose grid it lies on."""
@@ -129,7 +134,17 @@ class WMHInferenceEngine:
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
                    "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": case.images[0],
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,
-                   "ventricles": load_ventricles(row.ventricles, case.volume)}
+                   "ventricles": load_ventricles(row.ventricles, case.volume), "grid": case.grid}
+
+
+def plain_dice(row, segment: Callable[[Case], np.ndarray], inputs: Inputs) -> float:
+    """Dice of the mask (bool H x W x D) that `segment` makes of a case, a row with flair, t1 and mask; other pathology is left
+    out, and NaN where reference and result are empty."""
+    case = load_case(row.flair, row.t1, row.mask, inputs)
+    lesion, ignored = reference_parts(case.mask)
+    found = segment(case) & ~ignored
+    total = int(lesion.sum() + found.sum())
+    return 2 * int((lesion & found).sum()) / total if total else float("nan")
 
 
 def turn(x: Tensor, turns: int, flip: bool) -> Tensor:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
 
-from .batches import augment, draw_slices, drop_modalities, stack_slices
+from .batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
 from .checkpoints import Keeper
 from .errors import WMHError
 from .losses import total_loss
@@ -28,7 +28,6 @@ from .settings import Recipe, Training
 from .slicestore import CaseSlices
 from .workspace import RunFolder, stable_seed
 
-_PARTS = ("train_loss", "focal", "dice", "boundary", "scales")
 _DIVERGED = 3.0  # times the lowest training loss of an epoch before: a network that collapsed, not a bad epoch
 _Places = list[tuple[int, int]]  # (case, slice)
 
@@ -46,6 +45,11 @@ class Job:
     statistics: StepStatistics
     average: Average
     keeper: Keeper | None  # of the main process
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The training loss and what it is the sum of."""
+        return ("train_loss", "focal", "dice", "boundary", "scales", *(("tissue", "prompts") if self.network.pretext else ()))
 
     def mine(self, tasks: int) -> range:
         """The numbers, out of `tasks`, that this process does."""
@@ -67,7 +71,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
     settings, accelerator = job.recipe.training, job.accelerator
     places = _order(cases, job.recipe, epoch)
     steps = _cut(places, settings.batch_size * settings.accumulation)
-    sums = torch.zeros(len(steps), len(_PARTS), dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(steps), len(job.parts), dtype=torch.float64, device=accelerator.device)
     job.network.train()
     if accelerator.scaler:  # a process without a micro-batch in the first step would not know the scale
         accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
@@ -98,8 +102,8 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
         job.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             job.average.update((epoch - 1) * len(steps) + step)
-    means = dict(zip(_PARTS, (sums.sum(0) / len(places)).tolist()))
-    if means["train_loss"] > _DIVERGED * lowest:
+    means = dict(zip(job.parts, (sums.sum(0) / len(places)).tolist()))
+    if means["train_loss"] > _DIVERGED * lowest and not settings.slices:  # of few slices the loss jumps
         worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
         _stop(job, cases, _cut(steps[worst], settings.batch_size), epoch, worst,
               f"the loss rose to {means['train_loss']:.3g} from {lowest:.3g} in an epoch before")
@@ -131,7 +135,9 @@ def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Place
 
 
 def _order(cases: list[CaseSlices], recipe: Recipe, epoch: int) -> _Places:
-    places = draw_slices(cases, recipe.training.train_negatives, stable_seed(recipe.seed, "slices", epoch))
+    training = recipe.training
+    places = (few_slices(cases, training.slices, recipe.seed) if training.slices else
+              draw_slices(cases, training.train_negatives, stable_seed(recipe.seed, "slices", epoch)))
     generator = torch.Generator().manual_seed(stable_seed(recipe.seed, "order", epoch))
     return [places[i] for i in torch.randperm(len(places), generator=generator)]
 
@@ -150,12 +156,17 @@ def _batch(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> t
 
 
 def _loss(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> Tensor:
-    """The loss of a micro-batch and its four parts; only the first has a gradient."""
+    """The loss of a micro-batch and its parts; only the first has a gradient."""
     images, labels = _batch(job, cases, micro, *number)
     with job.accelerator.autocast():
-        fused, scales = job.network(images)
+        features = job.network.features(images)
+        fused, scales = job.network.decode(features, images)
+        pretext = {}
+        if job.network.pretext:
+            generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "prompts", *number))
+            pretext = job.network.pretext.losses(features, labels, generator)
     loss, parts = total_loss(fused, scales, labels, job.recipe.loss)
-    return torch.stack([loss, *parts.values()])
+    return torch.stack([sum(pretext.values(), loss), *parts.values(), *(part.detach() for part in pretext.values())])
 
 
 def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:

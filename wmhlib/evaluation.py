@@ -30,6 +30,7 @@ from .volumes import load_mask, load_volume, save_like
 from .workspace import RunFolder, write_table
 
 SYSTEMS = ("operating point", "recipe's point", "network at 0.5", "FLAIR z-score")
+ZERO_SHOT = "zero-shot, true boxes"  # sees the reference (see `prompting`), so that it is no system to be compared with
 TABLES = {
     "metrics": ("case", "site", "system", "dsc", "hd95", "avd", "recall", "f1", "reference_ml", "result_ml"),
     "lesions": ("case", "site", "kind", "voxels", "volume_mm3", "hit", "zone"),
@@ -66,6 +67,11 @@ class Evaluation:
         """The metrics of the operating point alone."""
         return self.metrics[self.metrics.system == SYSTEMS[0]]
 
+    @property
+    def systems(self) -> pd.DataFrame:
+        """The metrics of the systems that find lesions by themselves: all but `ZERO_SHOT`."""
+        return self.metrics[self.metrics.system != ZERO_SHOT]
+
     def write(self, run: RunFolder) -> None:
         """Each table as <name>.csv in the run folder."""
         for name in TABLES:
@@ -73,7 +79,8 @@ class Evaluation:
 
 
 def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evaluation:
-    """Scores predicted cases, which are read one at a time, under four systems (`system_masks`).
+    """Scores predicted cases, which are read one at a time, under four systems (`system_masks`), and under `ZERO_SHOT` where
+    they have a mask `zero_shot`.
 
     A case is a dict with `case`, `site`, `spacing` (mm), `affine` and, H x W x D on the scan's grid, `flair`, `flair_z`,
     `inner`, `reference` (0, 1, 2), `prob`, `prob_tta` (0-1) and `ventricles` (bool, or None). `point` is the operating
@@ -88,6 +95,8 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
         case = case | dict(reference=np.ascontiguousarray(case["reference"]))  # arrays in one order are faster to combine
         who, spacing = dict(case=case["case"], site=case["site"]), case["spacing"]
         masks, (lesion, ignored) = system_masks(case, point, operating), reference_parts(case["reference"])
+        if "zero_shot" in case:
+            masks[ZERO_SHOT] = case["zero_shot"]
         scores = {system: challenge_scores(case["reference"], mask, spacing) for system, mask in masks.items()}
         counted = {system: mask & ~ignored for system, mask in masks.items()}
         own, dsc, reference_ml = counted[SYSTEMS[0]], scores[SYSTEMS[0]]["dsc"], volume_ml(lesion, spacing)

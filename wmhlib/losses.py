@@ -42,10 +42,11 @@ def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Lo
     """
     target, valid = (labels == 1).float(), (labels != 2).float()
     fused = fused.float()
+    focal, dice, boundary = settings.weights
     parts = {
-        "focal": focal_loss(fused, target, valid, settings.focal_alpha, settings.focal_gamma),
-        "dice": dice_loss(fused, target, valid),
-        "boundary": boundary_loss(fused, target, valid, settings.boundary_weight),
+        "focal": focal * focal_loss(fused, target, valid, settings.focal_alpha, settings.focal_gamma),
+        "dice": dice * dice_loss(fused, target, valid),
+        "boundary": boundary * boundary_loss(fused, target, valid, settings.boundary_weight),
         "scales": fused.new_zeros(()),
     }
     for weight, logits in zip(settings.scale_weights, scales):

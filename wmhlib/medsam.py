@@ -14,15 +14,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .errors import CheckpointError
-from .settings import Encoder
+from .settings import SHIPPED, Encoder
+from .workspace import MINISAM
 
 PATCH = 16  # pixels
 CHANNELS = 256  # of the feature map
+BASE = MINISAM.path / "base.safetensors"  # the small base that comes with the suite
+_BESIDE = ("prompt_encoder.", "mask_decoder.", "channel_adapter.", "decoder.", "skip.")  # the encoder, in a base file
 MEDSAM_MD5 = "3bb6db55bd0c9ca30b61248bca72f8d6"  # medsam_vit_b.pth, 375,049,145 bytes
 
 
@@ -126,25 +130,16 @@ def build_encoder(settings: Encoder, seed: int) -> ImageEncoder:
     return encoder
 
 
-def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> None:
-    """Load a Sam state dict (segment_anything, MedSAM), or that of its image encoder alone, into `encoder`.
+def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> dict[str, Tensor]:
+    """Load a Sam state dict (segment_anything, MedSAM; "minisam": the one that comes with the suite), or that of its image encoder
+    alone, into `encoder`. Returns what else the file holds.
 
     No code in the file can run. Raises CheckpointError listing every missing, unexpected and misshapen key.
     """
-    try:
-        if not Path(path).is_file():
-            raise CheckpointError(f"checkpoint {path} does not exist")
-        _refuse_bomb(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
-        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors: {error}") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"checkpoint {path} is not a state dict of tensors")
+    state, rest = read_state(path), {}
     if any(key.startswith("image_encoder.") for key in state):
-        state = {key.removeprefix("image_encoder."): value for key, value in state.items()
-                 if not key.startswith(("prompt_encoder.", "mask_decoder."))}
+        rest = {key: value for key, value in state.items() if key.startswith(_BESIDE)}
+        state = {key.removeprefix("image_encoder."): value for key, value in state.items() if key not in rest}
     expected = encoder.state_dict()
     faults = [f"missing {key}" for key in expected if key not in state]
     faults += [f"unexpected {key}" for key in state if key not in expected]
@@ -154,6 +149,26 @@ def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> None:
     if faults:
         raise CheckpointError(f"checkpoint {path} does not fit the encoder: {'; '.join(faults)}")
     encoder.load_state_dict(state)
+    return rest
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file by name. No code in it can run; CheckpointError if it cannot be read."""
+    path = BASE if str(path) == SHIPPED else Path(path)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {path} does not exist")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        _refuse_bomb(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
+        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"checkpoint {path} is not a state dict of tensors")
+    return state
 
 
 def no_weights(value: Tensor) -> str:

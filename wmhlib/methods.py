@@ -9,6 +9,7 @@ import pandas as pd
 
 from .agreement import RESAMPLES
 from .cohort import describe
+from .evaluation import ZERO_SHOT
 from .settings import Recipe
 from .workspace import RunFolder, read_table
 
@@ -19,6 +20,9 @@ _PROTOCOLS = {
     "k-fold": "in folds stratified by site and lesion volume, one of them for testing",
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
+
+_ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
+              "(zero-shot)")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Story:
     best_epoch: int
     counts: dict
     external: bool
+    zero_shot: bool = False  # whether the base was asked with the reference's boxes too
 
     @classmethod
     def of(cls, run: RunFolder, evaluated: RunFolder, counts: dict) -> Story:
@@ -45,7 +50,8 @@ class Story:
         return cls(run.recipe(), run.point(), mine,
                    theirs[theirs.split == "test"], describe(theirs), describe(mine), int(history.epoch.max()),
                    int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
-                   counts, evaluated.path != run.path)
+                   counts, evaluated.path != run.path,
+                   evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
@@ -106,7 +112,8 @@ class Story:
             f"centre of the plateau within one standard error of the best Dice: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
-            "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases. "
+            "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
+            f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
             "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). Lesions within 10 mm of the ventricles "
             "counted as periventricular (DeCarli et al. 2005). A case was flagged as unsure where plain prediction and the mean over all views differed more than a "

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .adapters import adapt, budget
 from .errors import CheckpointError
-from .medsam import CHANNELS, ImageEncoder, build_encoder, no_weights, weights_sha256
+from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint, no_weights, weights_sha256
+from .pretext import Pretext
 from .settings import PRESETS, Recipe, preset
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
@@ -80,19 +81,42 @@ class WMHNet(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             channels = recipe.inputs.channels
-            self.channel_adapter = nn.Sequential(*_conv(channels, 16), nn.Conv2d(16, 3, 1))
+            self.channel_adapter = channel_adapter(channels)
             self.decoder = Decoder()
             self.skip = Skip(channels) if recipe.skip else None
+            self.pretext = Pretext(recipe) if recipe.pretext.tissue or recipe.pretext.prompts else None
         for part in filter(None, (self.channel_adapter, self.decoder, self.skip)):
             part.to(memory_format=torch.channels_last)  # what convolutions of few channels are fastest in
         self.recipe = recipe
-        encoder = build_encoder(recipe.encoder, recipe.seed)
+        encoder = build_encoder(replace(recipe.encoder, checkpoint=""), recipe.seed)
+        rest = load_checkpoint(encoder, recipe.encoder.checkpoint) if recipe.encoder.checkpoint else {}
+        self.started = [name for name in ("channel_adapter", "decoder", "skip") if self._start(name, rest)]
         self.base_sha256 = "" if encoder.pos_embed.is_meta else weights_sha256(encoder)  # no data, where only sizes are counted
+        if recipe.encoder.bits == 4:
+            from .quantised import quantise  # here, since bitsandbytes is needed for nothing else
+            encoder = quantise(encoder)
         self.encoder = adapt(encoder, recipe.adapter, recipe.seed)
         self.checkpoint_gradients(recipe.training.gradient_checkpointing)
 
+    def _start(self, name: str, rest: dict[str, Tensor]) -> bool:
+        """Whether the part `name` begins with the weights of the base file, which it does if all of them fit."""
+        part = getattr(self, name)
+        expected = part.state_dict() if part else {}
+        state = {key.removeprefix(f"{name}."): value for key, value in rest.items() if key.startswith(f"{name}.")}
+        fits = bool(expected) and {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
+        if fits:
+            part.load_state_dict(state)
+        return fits
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        features = self.encoder(self.channel_adapter(x))
+        return self.decode(self.features(x), x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The encoder's map of the slices `x`, B x 256 x S/16 x S/16."""
+        return self.encoder(self.channel_adapter(x))
+
+    def decode(self, features: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` gives, from the encoder's map of `x`."""
         return self.decoder(features, self.skip(x) if self.skip else None)
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -107,13 +131,18 @@ class WMHNet(nn.Module):
         for module in self.encoder.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 for parameter in module.parameters(recurse=False):
-                    if not parameter.requires_grad:
+                    if not parameter.requires_grad and parameter.is_floating_point():  # 4 bits stay as they are
                         parameter.data = parameter.data.to(dtype_of(precision))
         return self
 
     def for_inference(self, precision: str) -> WMHNet:
-        """A copy that predicts and cannot be trained: LoRA merged into the matrices it adapts, these in `precision`."""
+        """A copy that predicts and cannot be trained: LoRA merged into the matrices it adapts, these in `precision` (those of 4 bits
+        too, which would have to be unpacked in every pass)."""
         network = copy.deepcopy(self).eval().requires_grad_(False)
+        network.pretext = None
+        if self.recipe.encoder.bits == 4:
+            from .quantised import dequantised
+            network.encoder = dequantised(network.encoder)
         if isinstance(network.encoder, PeftModel):
             network.encoder = network.encoder.merge_and_unload()
         return network.cast_frozen(precision)
@@ -195,15 +224,34 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
     return network.eval(), str(origin.get("split", ""))
 
 
+def channel_adapter(channels: int) -> nn.Sequential:
+    """Makes of B x C x S x S slices the three channels that SAM's encoder takes."""
+    return nn.Sequential(*_conv(channels, 16), nn.Conv2d(16, 3, 1))
+
+
+def base_channel_adapter(state: dict[str, Tensor], channels: int, source: str | Path) -> nn.Sequential | None:
+    """The channel adapter that the base file `source` (its tensors: `state`) brings; None where it has none. CheckpointError for one
+    that does not fit `channels`."""
+    state = {key.removeprefix("channel_adapter."): value for key, value in state.items() if key.startswith("channel_adapter.")}
+    if not state:
+        return None
+    adapter = channel_adapter(channels)
+    try:
+        adapter.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {source} has a channel adapter that does not fit {channels} input channels: {error}") from None
+    return adapter
+
+
 def _conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(a, b, 3, stride, padding=1), nn.BatchNorm2d(b), nn.GELU()]
 
 
 def budget_table() -> str:
-    """What each preset trains, counted from its network, as Markdown."""
+    """What each preset that adapts a base trains, counted from its network, as Markdown."""
     lines = ["| preset | encoder | LoRA | decoder, channel adapter, skip | trainable | share of all | trained weights, fp32 |",
              "|---|---|---|---|---|---|---|"]
-    for name in PRESETS:
+    for name in (name for name, recipe in PRESETS.items() if recipe.adapter.method == "lora"):
         counts = budget(WMHNet(preset(name)))
         rest = counts["decoder"] + counts["channel_adapter"] + counts["skip"]
         lines.append(f"| {name} | {counts['encoder']:,} | {counts['lora']:,} | {rest:,} | {counts['trainable']:,} | "

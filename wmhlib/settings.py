@@ -12,6 +12,8 @@ from .errors import RecipeError
 
 MODALITIES = ("flair", "t1")
 _LARGEST = 1 << 40  # of any number
+SHIPPED = "minisam"  # the checkpoint that comes with the suite
+SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed")
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
 
 
@@ -47,7 +49,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Encoder:
-    """SAM's image encoder. `checkpoint` is a file of segment_anything's format, or empty for seeded random ones."""
+    """SAM's image encoder. `checkpoint` is a file of segment_anything's format, "minisam" for the small base that comes with the
+    suite, or empty for seeded random weights."""
 
     dim: int = 768
     depth: int = 12
@@ -56,6 +59,7 @@ class Encoder:
     window: int = 14
     grid: int = 64  # side of the position embedding, tokens; interpolated to the canvas
     checkpoint: str = ""
+    bits: int = 16  # 4: frozen matrices in NF4 with double quantisation
     random: bool = False  # train on random weights where no checkpoint is named
 
     def __post_init__(self):
@@ -65,6 +69,7 @@ class Encoder:
         _require(all(0 <= b < self.depth for b in self.global_blocks), "encoder.global_blocks", self.global_blocks,
                  f"block numbers below {self.depth}")
         _require(0 < self.window <= 256, "encoder.window", self.window, "1 to 256 tokens")
+        _require(self.bits in (4, 16), "encoder.bits", self.bits, "4 or 16")
         _require(0 < self.grid <= 256, "encoder.grid", self.grid, "1 to 256 tokens")
         _require(self.dim <= 4096 and self.dim**2 * self.depth <= 1 << 26, "encoder.dim, encoder.depth", (self.dim, self.depth),
                  "an encoder no larger than SAM's ViT-H (1280 x 32)")
@@ -74,13 +79,13 @@ class Encoder:
 class Adapter:
     """LoRA on the frozen encoder; alpha equals the rank, as in the recipe."""
 
-    method: str = "lora"  # "lora", or "none" for a frozen encoder
+    method: str = "lora"  # "lora", "none" for a frozen encoder, or "full" to train all of it
     rank_attention: int = 64  # on qkv and proj
     rank_mlp: int = 32  # on lin1 and lin2
     dropout: float = 0.05
 
     def __post_init__(self):
-        _require(self.method in ("lora", "none"), "adapter.method", self.method, "'lora' or 'none'")
+        _require(self.method in ("lora", "none", "full"), "adapter.method", self.method, "'lora', 'none' or 'full'")
         for name in ("rank_attention", "rank_mlp"):
             _require(0 < getattr(self, name) <= 1024, f"adapter.{name}", getattr(self, name), "1 to 1024")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 up to 1")
@@ -94,6 +99,7 @@ class Loss:
     focal_gamma: float = 2.0
     boundary_weight: float = 3.0
     scale_weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)  # finest scale first
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # of focal, Dice and boundary loss
 
     def __post_init__(self):
         _require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "0 to 1")
@@ -101,6 +107,20 @@ class Loss:
         _require(self.boundary_weight >= 1, "loss.boundary_weight", self.boundary_weight, "1 or more")
         _require(len(self.scale_weights) == 4 and min(self.scale_weights) >= 0, "loss.scale_weights", self.scale_weights,
                  "four weights of 0 or more")
+        _require(len(self.weights) == 3 and min(self.weights) >= 0, "loss.weights", self.weights, "three weights of 0 or more")
+
+
+@dataclass(frozen=True)
+class Pretext:
+    """What a base learns beside lesions (see `pretext`); 0 leaves a part out."""
+
+    tissue: float = 0.0  # weight of the tissues' cross-entropy
+    prompts: float = 0.0  # weight of the masks that SAM's decoder gives for boxes and points
+    mlp: int = 256  # width of the prompt decoder's MLPs; SAM's own: 2048
+
+    def __post_init__(self):
+        _require(min(self.tissue, self.prompts) >= 0, "pretext", (self.tissue, self.prompts), "weights of 0 or more")
+        _require(1 <= self.mlp <= 4096, "pretext.mlp", self.mlp, "1 to 4096")
 
 
 @dataclass(frozen=True)
@@ -144,12 +164,14 @@ class Training:
     fit_device: bool = True  # split the batch (and checkpoint gradients) so that it fits the device; its effective size stays
     gradient_checkpointing: bool = False  # compute the encoder's activations again instead of keeping them
     ema: float = 0.0  # decay per step of the averaged weights that are validated and kept; 0: none
+    slices: int = 0  # with lesions, drawn once, that are all there is to train on (few-shot); 0: every one
     patience: int = 0  # epochs without a better validation Dice after which training stops; 0: never
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "restart_epochs", "checkpoint_epochs", "validate_epochs"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_epochs >= 0, "training.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.slices >= 0, "training.slices", self.slices, "0 or more")
         _require(self.patience >= 0, "training.patience", self.patience, "0 or more")
         _require(0 <= self.ema < 1, "training.ema", self.ema, "0 up to 1")
         _require(0 <= self.lr_min <= self.lr, "training.lr_min", self.lr_min, f"0 to lr = {self.lr}")
@@ -210,10 +232,12 @@ class Operating:
 class Cohort:
     """The synthetic cohort that `phantom` writes where no data is given."""
 
-    synthetic_cases: int = 0  # over three sites; 0: real data is required
+    synthetic_cases: int = 0  # 0: real data is required
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed
     scale: float = 1.0  # in-plane voxel size relative to the sites' own (tests use coarse ones)
 
     def __post_init__(self):
+        _require(self.scanners in SCANNERS, "cohort.scanners", self.scanners, f"one of {', '.join(SCANNERS)}")
         _require(self.synthetic_cases >= 0, "cohort.synthetic_cases", self.synthetic_cases, "0 or more")
         _require(1 <= self.scale <= 4, "cohort.scale", self.scale, "1 to 4")
 
@@ -227,11 +251,16 @@ class Recipe:
     encoder: Encoder = field(default_factory=Encoder)
     adapter: Adapter = field(default_factory=Adapter)
     loss: Loss = field(default_factory=Loss)
+    pretext: Pretext = field(default_factory=Pretext)
     augment: Augment = field(default_factory=Augment)
     training: Training = field(default_factory=Training)
     split: Split = field(default_factory=Split)
     operating: Operating = field(default_factory=Operating)
     cohort: Cohort = field(default_factory=Cohort)
+
+    def __post_init__(self):
+        _require(self.encoder.bits == 16 or self.adapter.method != "full", "adapter.method", self.adapter.method,
+                 "'lora' or 'none' with encoder.bits=4, whose weights cannot be trained")
 
     def with_overrides(self, overrides: str) -> Recipe:
         """A copy with settings changed, e.g. ``"training.epochs=3 inputs.modalities=['flair','t1'] skip=false"``.
@@ -298,7 +327,11 @@ def _cast(hint, value, name: str):
 
 
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)
-_SMALL = Encoder(dim=128, depth=4, heads=4, global_blocks=(1, 3), window=7, grid=13, random=True)
+
+_SMALL = Inputs(img_size=208, fov=208.0)
+_MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=13, random=True)
+_SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
+_UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
 
 PRESETS = {
     # The recipe at full size, with the image skip; the others say what they change.
@@ -307,12 +340,23 @@ PRESETS = {
     "lean": Recipe(name="lean", adapter=_LEAN, training=Training(precision="bf16")),
     # The recipe as published: no image skip.
     "original": Recipe(name="original", skip=False, training=Training(precision="fp16")),
-    # A small encoder with random weights on a synthetic cohort: minutes on two cores.
-    "demo": Recipe(name="demo", inputs=Inputs(img_size=208, fov=208.0), encoder=_SMALL,
-                   adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=Augment(flips_ap=False, rotate90=False, bias_field=0.2),
-                   training=Training(epochs=10, batch_size=8, accumulation=1, lr=6e-3, warmup_epochs=1, restart_epochs=9,
+    # The small base that comes with the suite, adapted to a synthetic cohort: minutes on two cores.
+    "demo": Recipe(name="demo", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=_UPRIGHT,
+                   training=Training(epochs=5, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=4,
                                      checkpoint_epochs=2, train_negatives=0.2, precision="bf16", ema=0.99),
                    split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=48)),
+    # The adapter that comes with the suite: the base on FLAIR of many scanners.
+    "flair": Recipe(name="flair", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=8, rank_mlp=4, dropout=0.0), augment=_UPRIGHT,
+                    training=Training(epochs=3, batch_size=8, accumulation=2, lr=1e-3, lr_min=1e-5, warmup_epochs=1, restart_epochs=2,
+                                      checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
+                    split=Split(val=0.1, test=0.1), operating=Operating(views=2), cohort=Cohort(synthetic_cases=240, scanners="flair")),
+    # The small base: all of it trained on heads of every contrast, with their tissues and prompts. Hours on two cores.
+    "base": Recipe(name="base", inputs=_SMALL, encoder=_MINI, adapter=Adapter(method="full"),
+                   pretext=Pretext(tissue=0.3, prompts=0.3),
+                   augment=Augment(flips_ap=False, rotate90=False, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3),
+                   training=Training(epochs=8, batch_size=8, accumulation=2, lr=2e-3, lr_min=1e-5, weight_decay=0.05, warmup_epochs=1, restart_epochs=7,
+                                     checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
+                   split=Split(val=0.06, test=0.06), operating=Operating(views=2), cohort=Cohort(synthetic_cases=400, scanners="mixed")),
     # Seconds: every step at toy size, for the tests.
     "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4, random=True),
                     adapter=Adapter(rank_attention=4, rank_mlp=2),
@@ -324,7 +368,7 @@ PRESETS = {
 
 
 def preset(name: str, overrides: str = "") -> Recipe:
-    """The recipe called `name` ("colab", "lean", "original", "demo", "smoke"), with `overrides` applied."""
+    """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke"), with `overrides` applied."""
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
     return PRESETS[name].with_overrides(overrides)

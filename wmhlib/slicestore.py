@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from .canvas import mask_canvas
+from .canvas import mask_canvas, to_canvas
 from .errors import InputError, WMHError
 from .settings import Inputs
-from .volumes import AIR, case_canvas, load_case
+from .volumes import AIR, Case, case_canvas, load_case, load_volume
 
 
 @dataclass(frozen=True)
 class CaseSlices:
-    """A case on the canvas: images float16 M x D x S x S, labels uint8 D x S x S (0, 1, 2)."""
+    """A case on the canvas: images float16 M x D x S x S, labels uint8 D x S x S (0, 1, 2; above these the tissues of a synthetic
+    case that has them, see `pretext.LABELS`)."""
 
     case: str
     images: Tensor
@@ -76,15 +78,27 @@ def _write_slices(rows: pd.DataFrame, inputs: Inputs, file: BinaryIO, progress: 
         case = load_case(row.flair, row.t1, row.mask, inputs)
         images = case_canvas(case, inputs.img_size).half()
         lesion, other = (mask_canvas(case.mask == label, case.grid, inputs.img_size) for label in (1, 2))
+        labels = _tissues(row.mask, case, inputs.img_size)
+        labels[other], labels[lesion] = 2, 1
         places.append((row.case, images.shape, file.tell()))
         try:
-            for tensor in (images, lesion.byte() + 2 * (other & ~lesion).byte()):
+            for tensor in (images, labels):
                 file.write(tensor.numpy())
             file.flush()
         except OSError as error:
             raise InputError(f"{tempfile.gettempdir()} has no room for the slices of {len(rows)} cases ({error}; those of {len(places) - 1} took "
                              f"{places[-1][2] / 1e9:.3g} GB): free space there, or set TMPDIR to a folder with more") from None
     return places
+
+
+def _tissues(mask: str, case: Case, size: int) -> Tensor:
+    """The tissues that lie beside a synthetic case's mask, D x size x size, or zeros."""
+    path = Path(mask).with_name("tissue.nii.gz")
+    tissue = load_volume(path).data if path.is_file() else np.zeros((1, 1, 1))
+    labels = torch.zeros(case.grid.depth, size, size, dtype=torch.uint8)
+    for kind in np.unique(tissue)[1:]:
+        labels[to_canvas(tissue == kind, case.grid, size) > 0.5] = int(kind)
+    return labels
 
 
 def _mapped(path: str | int, places: list[tuple[str, torch.Size, int]]) -> list[CaseSlices]:

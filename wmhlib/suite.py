@@ -2,8 +2,9 @@
 
     python -m wmhlib.suite --preset demo --run runs/demo
     python -m wmhlib.suite report --run runs/demo
-    python -m wmhlib.suite evaluate --run runs/demo --data folder
-    python -m wmhlib.suite predict --run runs/demo --flair FLAIR.nii.gz --out folder
+    python -m wmhlib.suite evaluate --data folder
+    python -m wmhlib.suite predict --flair FLAIR.nii.gz --out folder
+    python -m wmhlib.suite distill --preset demo --out runs/distill_demo
     python -m wmhlib.suite benchmark --run runs/demo --out runs/benchmark
 """
 
@@ -20,7 +21,7 @@ import nbformat
 
 from . import bids, errors, pages
 from .errors import InputError, WMHError
-from .workspace import REPOSITORY, RunFolder, read_table, write_atomic
+from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore",
@@ -54,12 +55,12 @@ def report(run: RunFolder, data: str = "", out: str = "") -> Path:
 
 
 def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
-    """Notebook 06 on scans (`derivatives.find`): BIDS derivatives in `out` ("": the run's derivatives). Returns its HTML page;
-    raises InputError, at the end, if a scan failed."""
-    folder = Path(out).expanduser() if out else run.path / "derivatives"
+    """Notebook 06 on scans (`derivatives.find`) with the weights of `run`: BIDS derivatives in `out` ("": the derivatives of
+    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed."""
+    folder = Path(out).expanduser() if out else run.results / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
-        execute("06_predict", output, {"preset": run.recipe().name, "run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
+        execute("06_predict", output, {"run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
                                        "out_dir": str(folder)})
         page = pages.export_html(output, folder / "report.html")
     scans = read_table(folder / bids.TABLE)
@@ -74,6 +75,14 @@ def benchmark(run: RunFolder, out: str = "") -> Path:
     Tables and figures in `out` ("": benchmark beside the run). Returns its HTML page."""
     folder = Path(out).expanduser() if out else run.path.parent / "benchmark"
     return _page("10_benchmark", folder / "10_benchmark.ipynb", {"run_dir": str(run.path), "out_dir": str(folder)})
+
+
+def distill(preset: str, run: str = "", teacher: str = "", out: str = "", overrides: str = "") -> Path:
+    """Notebook 08: a small student of a teacher (`teacher`: its file, "" the preset's own), in 4 bits under adapters, on the cases of
+    the folder `run` ("": synthetic ones for the presets demo and smoke). All of it in `out` ("": runs/distill_<preset>). Returns its HTML page."""
+    folder = Path(out or f"runs/distill_{preset}").expanduser()
+    return _page("08_distill", folder / "08_distill.ipynb",
+                 {"preset": preset, "run_dir": run, "out_dir": str(folder), "teacher": teacher, "overrides": overrides})
 
 
 def _page(name: str, output: Path, parameters: dict) -> Path:
@@ -126,19 +135,19 @@ def notebook_text(source: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "benchmark", "notebooks"))
-    parser.add_argument("--run", default="", help="run folder (default runs/<preset>)")
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "distill", "benchmark", "notebooks"))
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict and evaluate the weights that come with the suite)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--data", default="", help="folder or CSV of cases; without it a preset's synthetic cohort")
     parser.add_argument("--source", default="", help="synthetic, folder, kaggle or dataverse")
-    parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file")
+    parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file; for distill the teacher's")
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate or benchmark")
+    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, distill or benchmark")
     given = parser.parse_args(arguments)
-    run = RunFolder(given.run or f"runs/{given.preset}")
+    run = MINISAM if given.action in ("predict", "evaluate") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
     try:
         if given.action == "notebooks":
@@ -147,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not given.flair:
                 parser.error("predict needs --flair, the scans to segment")
             print(f"report {predict(run, given.flair, given.out, given.t1)}")
+        elif given.action == "distill":
+            print(f"report {distill(given.preset, given.run, given.medsam, given.out, given.overrides)}")
         elif given.action == "benchmark":
             print(f"report {benchmark(run, given.out)}")
         elif given.action in ("report", "evaluate"):

@@ -24,6 +24,7 @@ from .workspace import atomic
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
+_TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
 _CEREBRUM_MM = 110.0  # from the vertex down
@@ -231,16 +232,19 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
     coarse = ndimage.uniform_filter(data, step)[tuple(slice(min(s, n) // 2, None, s) for s, n in zip(step, data.shape))]
     air, bright = max(0.0, float(coarse.min())), float(np.percentile(coarse, 99))
-    parts, count = ndimage.label(coarse > air + 0.15 * (bright - air))
-    if count == 0:
-        raise InputError(f"{volume.path} shows no head: expected a FLAIR scan of the head")
-    head = parts == 1 + np.bincount(parts.flat)[1:].argmax()
-    for z in range(head.shape[2]):
-        head[..., z] = ndimage.binary_fill_holes(head[..., z])
-    depth = ndimage.distance_transform_edt(head, sampling=spacing * step)
-    inner = depth > min(_SHELL_MM, 0.5 * depth.max())
-    vertex = np.flatnonzero(head.any((0, 1))).max()
-    inner[..., : max(0, vertex - int(_CEREBRUM_MM / (spacing[2] * step[2])))] = False
+    for share in _TISSUE:
+        parts, count = ndimage.label(coarse > air + share * (bright - air))
+        if count == 0:
+            raise InputError(f"{volume.path} shows no head: expected a FLAIR scan of the head")
+        head = parts == 1 + np.bincount(parts.flat)[1:].argmax()
+        for z in range(head.shape[2]):
+            head[..., z] = ndimage.binary_fill_holes(head[..., z])
+        depth = ndimage.distance_transform_edt(head, sampling=spacing * step)
+        inner = depth > min(_SHELL_MM, 0.5 * depth.max())
+        vertex = np.flatnonzero(head.any((0, 1))).max()
+        inner[..., : max(0, vertex - int(_CEREBRUM_MM / (spacing[2] * step[2])))] = False
+        if inner.any() and depth.max() > _SHELL_MM:
+            break
     index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(data.shape, step, head.shape)))
     back = ornt_transform(LPS, io_orientation(volume.affine))
     return apply_orientation(head[index], back), apply_orientation(inner[index], back)

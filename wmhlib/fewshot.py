@@ -1,0 +1,125 @@
+"""How far few labelled slices go: Dice over the number of slices trained on, beside what the base does without any."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from .engine import WMHInferenceEngine, plain_dice
+from .evaluation import ZERO_SHOT
+from .figures import BLUE, LEGEND, ORANGE, POINTS, page
+from .network import WMHNet
+from .prompting import open_base
+from .settings import Recipe
+from .training import fit
+from .volumes import Case
+from .workspace import RunFolder, read_json, read_table, sha256, write_atomic, write_table
+
+FEW, NONE, ALL = "few-shot", "no adaptation", "all slices"
+COLUMNS = ("system", "slices", "seed", "val_dice", "test_dice")
+_STEPS = 200
+_LINES = {ZERO_SHOT: "--", NONE: ":", ALL: "-."}
+
+
+def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterable[int] = (0, 1), overrides: str = "",
+          folder: str | Path = "", progress: bool = True) -> pd.DataFrame:
+    """Train the recipe of `run` on few slices with a lesion, of its training cases, and score its validation and test cases.
+
+    Each number of slices and each seed, which draws them, is a run folder of its own in `folder` (<run>/fewshot unless given), trained
+    for about 200 steps however few slices there are; `overrides` change the recipe of all. What is finished is read, not done again.
+
+    Returns a row each: `system` ("few-shot"), `slices`, `seed`, `val_dice` and `test_dice`, the mean over cases of the Dice of the whole
+    scan, one view at 0.5 (the epoch is chosen on validation cases; the test cases choose nothing). Levels to compare with follow, as far
+    as there are any, with 0 slices: "zero-shot, true boxes" of a base that answers prompts, "no adaptation" of one that brings a decoder,
+    and "all slices", the trained `run` itself. Written as fewshot.csv into `folder`. Raises RecipeError where `folder` holds points of
+    another recipe.
+    """
+    folder, rows = Path(folder or run.path / "fewshot"), []
+    split = run.split_text()
+    for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", disable=not progress, mininterval=5):
+        point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(run.recipe(), count, seed, overrides))
+        for name in ("cohort_csv", "split_csv"):
+            write_table(read_table(getattr(run, name)), getattr(point, name))
+        scores = _kept(point.path / "scores.json", split, partial(_trained, point))
+        rows.append(dict(system=FEW, slices=count, seed=seed) | scores)
+    for name, (origin, segment) in _levels(run).items():
+        scores = _kept(folder / f"{name}.json", origin + split, partial(_scores, run, segment))
+        rows.append(dict(system=name, slices=0, seed=run.recipe().seed) | scores)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    write_table(table, folder / "fewshot.csv")
+    return table
+
+
+def few_slices_recipe(recipe: Recipe, count: int, seed: int, overrides: str = "") -> Recipe:
+    """`recipe` for `count` slices: as many epochs as make 200 steps, one cosine after a tenth of them as warm-up, ten validations."""
+    per_epoch = -(-count // (recipe.training.batch_size * recipe.training.accumulation))
+    epochs = -(-_STEPS // per_epoch)
+    tenth = max(1, epochs // 10)
+    settings = dict(slices=count, epochs=epochs, warmup_epochs=tenth, restart_epochs=epochs, validate_epochs=tenth, checkpoint_epochs=epochs)
+    return recipe.with_overrides(" ".join(f"training.{name}={value}" for name, value in settings.items()) + f" seed={seed} {overrides}")
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Test and validation Dice over the number of slices: a marker a seed, a line through their means; the levels across."""
+    few = table[table.system == FEW]
+    fig, axes = page(1, 1, (8, 4.4))
+    ax = axes[0, 0]
+    for column, name, colour, marker in (("test_dice", "test cases", BLUE, "o"), ("val_dice", "validation cases", ORANGE, "s")):
+        spread = few.groupby("slices")[column].agg(["mean", "min", "max"])
+        ax.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15, linewidth=0)
+        ax.plot(spread.index, spread["mean"], color=colour, linewidth=1.5)
+        ax.plot(few.slices, few[column], color=colour, marker=marker, label=name, **POINTS)
+    for row in table[table.system != FEW].itertuples():
+        ax.axhline(row.test_dice, color="0.3", linestyle=_LINES[row.system], linewidth=1.3, label=f"{row.system} (test cases): {row.test_dice:.2f}")
+    counts = sorted(few.slices.unique())
+    ax.set(xscale="log", xlabel="slices with a lesion trained on", ylabel="mean Dice", ylim=(-0.02, 1.02))
+    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.minorticks_off()
+    fig.legend(loc="outside lower center", ncols=2, **LEGEND)
+    return fig
+
+
+def _trained(point: RunFolder) -> dict[str, float]:
+    fit(point, progress=False)
+    return _scores(point, WMHInferenceEngine.from_run(point).plain_mask)
+
+
+def _levels(run: RunFolder) -> dict[str, tuple[str, Callable[[Case], np.ndarray]]]:
+    """What each level depends on, and its function from a case to a mask."""
+    levels, network, (base, _) = {}, WMHNet(run.recipe()), open_base(run.recipe())
+    origin = run.recipe().to_json() + network.fingerprint()
+    if base:
+        levels[ZERO_SHOT] = origin, base.zero_shot
+    if "decoder" in network.started:
+        levels[NONE] = origin, WMHInferenceEngine(network).plain_mask
+    if run.best.exists():
+        levels[ALL] = sha256(run.best), WMHInferenceEngine.from_run(run).plain_mask
+    return levels
+
+
+def _scores(run: RunFolder, segment: Callable[[Case], np.ndarray]) -> dict[str, float]:
+    """Mean Dice of what `segment` makes of the cases of each side; a case without lesions and result has none."""
+    scores = {"val": [], "test": []}
+    for row in run.cases().query("split != 'train'").itertuples():
+        scores[row.split].append(plain_dice(row, segment, run.recipe().inputs))
+    return {f"{split}_dice": float(np.nanmean(dice)) if np.isfinite(dice).any() else np.nan for split, dice in scores.items()}
+
+
+def _kept(path: Path, origin: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The scores at `path` if they were made from `origin`; else what `make` gives, which is kept there."""
+    if path.exists() and read_json(path).get("origin") == origin:
+        return read_json(path)["scores"]
+    scores = make()
+    write_atomic(path, json.dumps({"origin": origin, "scores": scores}, indent=2) + "\n")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return scores

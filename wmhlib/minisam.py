@@ -1,0 +1,88 @@
+"""Phase 2 of MiniSAM: a distilled student in 4 bits under small adapters, on the cases of a run, and its Dice beside its teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from . import cohort, download, splits
+from .engine import WMHInferenceEngine, plain_dice
+from .errors import RecipeError
+from .settings import Encoder, Loss, Recipe
+from .workspace import RunFolder, read_table, write_table
+
+RANK = 8
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of notebook 08 a preset does: what is overridden in the recipe of its `cases` ("": those of the preset's run folder), of
+    phase 2 (`adapt`), of each point of the few-shot curve (`few`; `counts` of slices, `seeds`) and of each modality adapter
+    (`modalities`; `names`); `quick`: claims about toys, not about ViT-H."""
+
+    cases: str = ""
+    adapt: str = ""
+    counts: tuple[int, ...] = (1, 5, 20, 100)
+    seeds: tuple[int, ...] = (0, 1)
+    few: str = ""
+    modalities: str = "cohort.synthetic_cases=48"
+    names: tuple[str, ...] = ("flair", "t1", "ct", "ultrasound")
+    repetitions: int = 5
+    quick: bool = False
+
+
+PLANS = {
+    "colab": Plan(),
+    "demo": Plan("cohort.synthetic_cases=24", "training.epochs=4 training.warmup_epochs=1 training.restart_epochs=3", seeds=(0,),
+                 few="training.batch_size=2 training.validate_epochs=1000",
+                 modalities="cohort.synthetic_cases=6 training.epochs=3 training.warmup_epochs=1 training.restart_epochs=2", repetitions=2),
+    "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", (2,), (0,),
+                  "training.epochs=1 training.warmup_epochs=0",
+                  "cohort.synthetic_cases=3 training.epochs=1 training.warmup_epochs=0 training.slices=4", ("flair", "ct"), 1, True),
+}
+PLAIN_LOSS = Loss(weights=(0.0, 1.0, 1.0), boundary_weight=1.0, scale_weights=(0.0, 0.0, 0.0, 0.0))  # cross-entropy + Dice, on the fused output alone
+
+
+def plan(preset: str) -> Plan:
+    """The plan of `preset`; RecipeError for one that has none."""
+    if preset not in PLANS:
+        raise RecipeError(f"notebook 08 has no preset {preset!r}: known are {', '.join(PLANS)}")
+    return PLANS[preset]
+
+
+def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
+    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of `recipe`."""
+    if not run.split_csv.exists():
+        download.open_run(run, recipe)
+        cases = cohort.find_cases(download.get_cohort(run))
+        checked = cases.merge(cohort.check_cases(cases, recipe.inputs), on=["case", "site"])
+        write_table(checked, run.cohort_csv)
+        write_table(splits.split_cases(checked, recipe), run.split_csv)
+    return run
+
+
+def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Recipe:
+    """`recipe` for `encoder` under LoRA of rank 8, with cross-entropy + Dice as its loss; whoever is compared gets the same."""
+    adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK)
+    return replace(recipe, encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
+
+
+def adaptation(run: RunFolder, folder: str | Path, encoder: Encoder, overrides: str = "") -> RunFolder:
+    """A run folder for `training.fit`: `adapted_recipe` of the run's recipe, on the same cases and split."""
+    adapted = RunFolder(folder).open(adapted_recipe(run.recipe(), encoder, overrides))
+    for name in ("cohort_csv", "split_csv"):
+        if not getattr(adapted, name).exists():
+            write_table(read_table(getattr(run, name)), getattr(adapted, name))
+    return adapted
+
+
+def scan_dice(runs: dict[str, RunFolder]) -> pd.DataFrame:
+    """Dice of whole scans, one view at 0.5 without a filter, of each test case: columns case, site and one for each of `runs` by its
+    name. NaN where reference and result are empty. The threshold is chosen on nothing, so that it favours nobody."""
+    rows = next(iter(runs.values())).cases().query("split == 'test'")
+    table = rows[["case", "site"]].reset_index(drop=True)
+    for name, run in runs.items():
+        engine = WMHInferenceEngine.from_run(run)
+        table[name] = [plain_dice(row, engine.plain_mask, run.recipe().inputs) for row in rows.itertuples()]
+    return table

@@ -1,0 +1,80 @@
+"""The weights that come with the suite: a small base pretrained on synthetic heads, and the adapter with which it finds WMH.
+
+    make weights                                    # both from nothing: hours on two cores
+    python -m wmhlib.shipped base RUN_FOLDER        # the network of preset base, as the base of others
+    python -m wmhlib.shipped adapter RUN_FOLDER     # what a run on that base has trained, with its operating point
+
+`assets/minisam` is laid out as a run folder, so whatever reads a run reads it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import InputError, WMHError
+from .medsam import BASE
+from .network import load_network
+from .settings import SHIPPED
+from .workspace import MINISAM, RunFolder, read_table, write_atomic, write_table
+
+
+def export_base(run: RunFolder, path: Path = BASE) -> Path:
+    """Writes the network of `run`, whose encoder was trained in full with its prompts, as a base file: the keys of a SAM state
+    dict, and channel adapter, decoder and skip to start from, matrices in half precision. InputError for another run."""
+    network, _ = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
+    if network.recipe.adapter.method != "full" or network.pretext is None:
+        raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full, pretext.prompts above 0)")
+    names = {"encoder.": "image_encoder.", "pretext.promptable.": "", "channel_adapter.": "channel_adapter.", "decoder.": "decoder.", "skip.": "skip."}
+    state = {new + key.removeprefix(old): _half(value) for key, value in network.state_dict().items()
+             for old, new in names.items() if key.startswith(old)}
+    write_atomic(path, save(state, {"wmhlib": json.dumps({"recipe": network.recipe.to_json()})}))
+    return path
+
+
+def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
+    """Writes `run`, which adapts the shipped base, to `folder`: trained weights (matrices in half precision), recipe, operating point
+    and tables, without its cases' files. InputError for a run on another base."""
+    network, split = load_network(run.need(run.best, "03_train"))
+    if network.recipe.encoder.checkpoint != SHIPPED:
+        raise InputError(f"{run.path} adapts {network.recipe.encoder.checkpoint or 'random weights'}: expected encoder.checkpoint={SHIPPED}")
+    there = RunFolder(folder)
+    origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
+    state = {key: _half(value) for key, value in network.trained_state().items()}
+    write_atomic(there.best, save(state, {"wmhlib": json.dumps(origin)}))
+    for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, run.figures / "training_curves.png"):
+        write_atomic(folder / path.relative_to(run.path), run.need(path, "04_search").read_bytes())
+    files = ["flair", "t1", "mask", "ventricles"]
+    cohort = read_table(run.cohort_csv)
+    cohort[files] = cohort[files].map(lambda path: os.path.relpath(path, run.path.absolute()) if path else "")
+    write_table(cohort, there.cohort_csv)
+    return folder
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns 1 where a WMHError stopped it."""
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.shipped", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("base", "adapter"))
+    parser.add_argument("run", help="the run folder that trained it")
+    given = parser.parse_args(arguments)
+    try:
+        print({"base": export_base, "adapter": export_adapter}[given.what](RunFolder(given.run)))
+    except WMHError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

