@@ -140,14 +140,7 @@ def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> dict[str, Tensor
     if any(key.startswith("image_encoder.") for key in state):
         rest = {key: value for key, value in state.items() if key.startswith(_BESIDE)}
         state = {key.removeprefix("image_encoder."): value for key, value in state.items() if key not in rest}
-    expected = encoder.state_dict()
-    faults = [f"missing {key}" for key in expected if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in expected]
-    faults += [f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-               for key, value in expected.items() if key in state and state[key].shape != value.shape]
-    faults += [f"{key} {fault}" for key in expected if not faults and (fault := no_weights(state[key]))]
-    if faults:
-        raise CheckpointError(f"checkpoint {path} does not fit the encoder: {'; '.join(faults)}")
+    check_state(encoder.state_dict(), state, f"checkpoint {path} does not fit the encoder")
     encoder.load_state_dict(state)
     return rest
 
@@ -169,6 +162,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"checkpoint {path} is not a state dict of tensors")
     return state
+
+
+def check_state(expected: dict[str, Tensor], state: dict[str, Tensor], trouble: str) -> None:
+    """CheckpointError, `trouble` with each key of `state` that is missing, unexpected, misshapen or cannot be weights, unless it fits `expected`."""
+    faults = [f"missing {key}" for key in expected if key not in state] + [f"unexpected {key}" for key in state if key not in expected]
+    faults += [f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+               for key, value in expected.items() if key in state and state[key].shape != value.shape]
+    faults += [f"{key} {fault}" for key in expected if not faults and (fault := no_weights(state[key]))]
+    if faults:
+        raise CheckpointError(f"{trouble}: {'; '.join(faults)}")
 
 
 def no_weights(value: Tensor) -> str:

@@ -28,14 +28,14 @@ from . import training
 from .engine import WMHInferenceEngine, plain_dice
 from .errors import CheckpointError, InputError, RecipeError
 from .figures import ORANGE, page
-from .minisam import prepare
+from .minisam import RANK, prepare
 from .network import WMHNet, load_network
 from .settings import Recipe
 from .workspace import RunFolder, sha256, write_atomic, write_table
 
 CONFIG, ADAPTER, DECODER = "adapter_config.json", "adapter_model.safetensors", "decoder.safetensors"
 NAMES = ("flair", "t1", "ct", "ultrasound")
-RANKS = "adapter.method=lora adapter.rank_attention=8 adapter.rank_mlp=8"
+RANKS = f"adapter.method=lora adapter.rank_attention={RANK} adapter.rank_mlp={RANK}"
 _NEW = "default"  # the adapter that a WMHNet has: here the place where a state is checked before it gets its name
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import adapt, budget
 from .errors import CheckpointError
-from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint, no_weights, weights_sha256
+from .medsam import CHANNELS, ImageEncoder, build_encoder, check_state, load_checkpoint, weights_sha256
 from .pretext import Pretext
 from .settings import PRESETS, Recipe, preset
 
@@ -164,13 +164,7 @@ class WMHNet(nn.Module):
 
     def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Load what `trained_state` gave; CheckpointError lists each key that does not fit."""
-        expected = self.trained_state()
-        faults = [f"missing {k}" for k in expected if k not in state] + [f"unexpected {k}" for k in state if k not in expected]
-        faults += [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
-                   for k, v in expected.items() if k in state and state[k].shape != v.shape]
-        faults += [f"{k} {fault}" for k in expected if not faults and (fault := no_weights(state[k]))]
-        if faults:
-            raise CheckpointError(f"{source} does not fit the network of its recipe: {'; '.join(faults)}")
+        check_state(self.trained_state(), state, f"{source} does not fit the network of its recipe")
         self.load_state_dict(state, strict=False)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError
-from .medsam import CHANNELS, PATCH, no_weights, read_state
+from .medsam import CHANNELS, PATCH, check_state, read_state
 from .volumes import AIR
 
 BACKGROUND, FOREGROUND, PADDING, CORNERS = 0, 1, -1, (2, 3)  # labels of points, as SAM codes them
@@ -195,12 +195,6 @@ def promptable_of(state: dict[str, Tensor], source: str | Path) -> Promptable:
     if missing := [key for key in (_WIDTH, _MASKS) if key not in state]:
         raise CheckpointError(f"checkpoint {source} holds no prompt encoder and mask decoder: missing {', '.join(missing)}; expected a file of SAM or MedSAM")
     promptable = Promptable(64, state[_WIDTH].shape[0], state[_MASKS].shape[0])
-    expected = promptable.state_dict()
-    faults = [f"missing {key}" for key in expected if key not in state] + [f"unexpected {key}" for key in state if key not in expected]
-    faults += [f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-               for key, value in expected.items() if key in state and state[key].shape != value.shape]
-    faults += [f"{key} {fault}" for key in expected if not faults and (fault := no_weights(state[key]))]
-    if faults:
-        raise CheckpointError(f"checkpoint {source} does not fit SAM's prompt encoder and mask decoder: {'; '.join(faults)}")
+    check_state(promptable.state_dict(), state, f"checkpoint {source} does not fit SAM's prompt encoder and mask decoder")
     promptable.load_state_dict(state)
     return promptable.eval()
