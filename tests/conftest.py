@@ -106,7 +106,7 @@ def split_cohort(tmp_path_factory):
     """Nine coarse synthetic cases and their split: both tables."""
     from wmhlib.cohort import check_cases
     from wmhlib.phantom import write_cohort
-    from wmhlib.settings import preset
+    from wmhlib.presets import preset
     from wmhlib.splits import split_cases
 
     cases = write_cohort(tmp_path_factory.mktemp("cohort"), 9, seed=1, scale=4.0, progress=False)
@@ -116,7 +116,7 @@ def split_cohort(tmp_path_factory):
 @pytest.fixture
 def new_run(split_cohort, tmp_path, request):
     """Makes a run folder ready to train: `new_run(name, overrides)`, the smoke preset with the module's OVERRIDES unless given."""
-    from wmhlib.settings import preset
+    from wmhlib.presets import preset
     from wmhlib.workspace import RunFolder, write_table
 
     def make(name, overrides=request.module.OVERRIDES):

@@ -11,7 +11,7 @@ import pytest
 from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
 from wmhlib.errors import InputError
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 
 OVERLAY = scanpages.overlay
 LESION = (slice(10, 13), slice(12, 15), slice(5, 7))

@@ -13,7 +13,7 @@ from service import Service
 
 from wmhlib import cohort, download, fetch
 from wmhlib.errors import CheckpointError, InputError, RecipeError
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
 
 CASE = {"training/Utrecht/0/pre/FLAIR.nii.gz": b"flair", "training/Utrecht/0/pre/T1.nii.gz": b"t1",

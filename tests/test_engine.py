@@ -8,7 +8,7 @@ from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.phantom import write_cohort
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 from wmhlib.volumes import load_case
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 

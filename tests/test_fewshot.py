@@ -10,8 +10,8 @@ from wmhlib.errors import RecipeError
 from wmhlib.evaluation import ZERO_SHOT
 from wmhlib.medsam import build_encoder
 from wmhlib.network import Decoder
+from wmhlib.presets import preset
 from wmhlib.promptable import Promptable
-from wmhlib.settings import preset
 from wmhlib.training import fit
 from wmhlib.workspace import read_table
 

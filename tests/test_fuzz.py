@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmhlib.errors import InputError, RecipeError, WMHError
-from wmhlib.settings import Recipe, preset
+from wmhlib.presets import preset
+from wmhlib.settings import Recipe
 from wmhlib.volumes import load_case
 from wmhlib.workspace import RunFolder
 

@@ -10,7 +10,7 @@ from wmhlib.errors import RecipeError
 from wmhlib.hardware import estimate, expected_peak, fit, measured_peak, reset_peak
 from wmhlib.losses import total_loss
 from wmhlib.network import WMHNet
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEVICES = {  # name, bytes as torch reports them, precisions computed natively

@@ -26,6 +26,13 @@ def test_dice_equals_monais_over_a_batch(batch):
     torch.testing.assert_close(dice_loss(logits, labels.float(), valid), expected)
 
 
+def test_dice_of_each_mask_is_the_mean_of_theirs(batch):
+    logits, labels, valid = batch
+    labels[0, :, 4:] = 0  # a small mask counts as much
+    expected = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0)(logits, labels.float())
+    torch.testing.assert_close(dice_loss(logits, labels.float(), valid, each=True), expected)
+
+
 def test_boundary_loss_of_weight_one_is_plain_cross_entropy(batch):
     logits, labels, valid = batch
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())

@@ -10,7 +10,8 @@ from wmhlib.adapters import adapt, budget
 from wmhlib.errors import CheckpointError
 from wmhlib.medsam import ImageEncoder, load_checkpoint, weights_sha256
 from wmhlib.network import WMHNet
-from wmhlib.settings import Adapter, Encoder, preset
+from wmhlib.presets import preset
+from wmhlib.settings import Adapter, Encoder
 
 
 @pytest.fixture(scope="module")

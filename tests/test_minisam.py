@@ -11,7 +11,8 @@ from wmhlib import cohort, minisam, suite, teacher
 from wmhlib.bench import distilled
 from wmhlib.errors import RecipeError
 from wmhlib.losses import dice_loss, total_loss
-from wmhlib.settings import Inputs, preset
+from wmhlib.presets import preset
+from wmhlib.settings import Inputs
 from wmhlib.teacher import PRESETS
 from wmhlib.workspace import RunFolder, read_table
 

@@ -12,8 +12,8 @@ from wmhlib.errors import CheckpointError, InputError, RecipeError
 from wmhlib.medsam import build_encoder
 from wmhlib.modalities import ADAPTER, CONFIG, DECODER, RANKS, Modalities, cross_figure, train
 from wmhlib.network import WMHNet
+from wmhlib.presets import preset
 from wmhlib.quantised import quantise
-from wmhlib.settings import preset
 
 RECIPE = preset("smoke")
 IMAGE = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from wmhlib import monitor
 from wmhlib.monitor import Monitor
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder
 
 CPU = torch.device("cpu")

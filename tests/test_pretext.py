@@ -8,8 +8,9 @@ import torch
 from wmhlib.errors import InputError
 from wmhlib.losses import total_loss
 from wmhlib.network import WMHNet
+from wmhlib.presets import preset
 from wmhlib.pretext import LABELS, Pretext, draw_parts
-from wmhlib.settings import Adapter, preset
+from wmhlib.settings import Adapter
 from wmhlib.settings import Pretext as Weights
 
 RECIPE = replace(preset("smoke"), pretext=Weights(tissue=0.5, prompts=2.0, mlp=16), adapter=Adapter(method="full"))
@@ -17,7 +18,7 @@ RECIPE = replace(preset("smoke"), pretext=Weights(tissue=0.5, prompts=2.0, mlp=1
 
 class NoMask(torch.nn.Module):
     def forward(self, features, prompts):
-        return torch.zeros(len(prompts), 1, 16, 16), None
+        return torch.zeros(len(prompts), 1, 16, 16), torch.zeros(len(prompts))
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ def test_a_part_is_one_connected_piece_of_a_lesion_or_tissue(labels):
         kinds = labels[0, 0][masks[0]].unique()
         assert len(kinds) == 1 and kinds[0] in (1, 3, 5)
         assert kinds[0] != 1 or masks.sum() in (16, 36)
+    masks, image = draw_parts(labels.roll(1, 0), torch.Generator(), 4)
+    assert image.tolist() == [1] * 4 and masks.shape == (4, 64, 64)
 
 
 def test_losses_are_weighted_and_follow_the_generator(labels):

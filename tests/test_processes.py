@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from wmhlib import training
 from wmhlib.errors import WMHError
 from wmhlib.network import WMHNet
+from wmhlib.presets import preset
 from wmhlib.processes import Average, StepStatistics
-from wmhlib.settings import preset
 from wmhlib.storage import load_checkpoint
 
 # Micro-batches of 3, so that two processes share 3 of a step, and a last step is left over.

@@ -56,6 +56,18 @@ def test_plain_boxes_and_points_are_coded_as_segment_anything_codes_them():
         torch.testing.assert_close(ours._tokens(prompts, 4, 4), ours.prompt_encoder(*asked)[0])
 
 
+def test_an_aligned_decoder_attends_where_the_prompt_points():
+    plain, images = Promptable(8, MLP), torch.zeros(1, 256, 8, 8)
+    places = plain.prompt_encoder.pe_layer((8, 8)).flatten(1).T
+    token = plain._tokens(Prompts.of_points(torch.tensor([0]), torch.tensor([[[40.0, 24.0]]])), 8, 8)[:, 0]
+
+    def rank(attention):
+        scores = attention.k_proj(places + images.flatten(2)[0].T) @ attention.q_proj(token)[0]
+        return int((scores > scores[8 * 1 + 2]).sum())  # of the patch that holds the point: row 24 // 16, column 40 // 16
+
+    assert rank(plain.aligned().mask_decoder.transformer.layers[0].cross_attn_token_to_image) < 3
+
+
 def test_prompts_of_different_kinds_keep_their_places_when_joined_and_taken_apart():
     prompts = mixed()
     assert prompts.labels.tolist() == [[2, 3, -1, -1], [2, 3, -1, -1], [1, 1, 0, -1], [1, -1, -1, -1]]

@@ -12,8 +12,8 @@ from wmhlib.errors import InputError
 from wmhlib.medsam import build_encoder
 from wmhlib.metrics import challenge_scores
 from wmhlib.network import WMHNet
+from wmhlib.presets import preset
 from wmhlib.promptable import Promptable
-from wmhlib.settings import preset
 from wmhlib.volumes import load_case
 
 SMOKE = preset("smoke", "encoder.grid=16 inputs.fov=100")

@@ -167,6 +167,15 @@ def test_the_centre_of_a_plateau_is_chosen_not_a_spike():
     assert json.loads(json.dumps(chosen)) == chosen
 
 
+def test_the_sensitive_choice_has_the_lowest_threshold_within_one_standard_error():
+    dice = np.full((9, 3), 0.5)
+    dice[3:8, 1] = 0.791, 0.794, 0.8, 0.8, 0.799
+    table, validation = table_of(dice, spread=0.0)
+    centre, sensitive = (choose(table, validation, prefer) for prefer in ("centre", "sensitive"))
+    assert (centre["threshold"], sensitive["threshold"]) == (0.6, 0.4)
+    assert (sensitive["min_voxels"], sensitive["dsc"]) == (centre["min_voxels"], 0.791)
+
+
 def test_a_clear_best_is_chosen():
     dice = np.full((5, 3), 0.5)
     dice[1, 2] = 0.9

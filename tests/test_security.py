@@ -18,7 +18,8 @@ from wmhlib import bids, evaluation, medsam, provenance
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.network import load_network, weights_bytes
-from wmhlib.settings import Encoder, Recipe, preset
+from wmhlib.presets import preset
+from wmhlib.settings import Encoder, Recipe
 from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
 

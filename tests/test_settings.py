@@ -1,7 +1,8 @@
 import pytest
 
 from wmhlib.errors import RecipeError
-from wmhlib.settings import Recipe, preset
+from wmhlib.presets import preset
+from wmhlib.settings import Recipe
 
 
 @pytest.mark.parametrize("name", ["colab", "lean", "original", "demo", "smoke"])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from wmhlib import splits
 from wmhlib.errors import InputError, RecipeError
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 from wmhlib.workspace import read_table, write_table
 
 

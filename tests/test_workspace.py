@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from wmhlib.errors import InputError, MissingStepError, RecipeError
-from wmhlib.settings import preset
+from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder, atomic, natural, read_table, secret, stable_seed, write_atomic, write_table
 
 

@@ -169,7 +169,7 @@ class _Job:
             return [feature, feature, feature.new_zeros(())], None
         if not ((labels == 1) | (labels > 2)).any():
             return [settings.alpha * feature, feature, feature.new_zeros(())], None
-        objects, owner = (torch.cat(parts) for parts in zip(*(draw_parts(labels, generator) for _ in range(settings.prompts))))
+        objects, owner = draw_parts(labels, generator, settings.prompts)
         prompts = draw_prompts(objects, owner, generator).to(self.device)
         with self._autocast():
             student = self.teacher.promptable(_resized(features, target.shape[-1]), prompts)[0]

@@ -21,11 +21,13 @@ def focal_loss(logits: Tensor, target: Tensor, valid: Tensor, alpha: float, gamm
     return _mean(alpha_t * (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy, valid)
 
 
-def dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over all valid pixels of the batch (Milletari et al. 2016, without squares)."""
+def dice_loss(logits: Tensor, target: Tensor, valid: Tensor, each: bool = False) -> Tensor:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over all valid pixels of the batch (Milletari et al. 2016, without squares); with `each`,
+    the mean of that of every mask, so that small ones count as much as large ones."""
     probability = torch.sigmoid(logits) * valid
     target = target * valid
-    return 1 - (2 * (probability * target).sum() + _SMOOTH) / (probability.sum() + target.sum() + _SMOOTH)
+    axes = tuple(range(int(each), logits.dim()))
+    return (1 - (2 * (probability * target).sum(axes) + _SMOOTH) / (probability.sum(axes) + target.sum(axes) + _SMOOTH)).mean()
 
 
 def boundary_loss(logits: Tensor, target: Tensor, valid: Tensor, weight: float) -> Tensor:

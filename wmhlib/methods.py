@@ -21,6 +21,7 @@ _PROTOCOLS = {
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
 
+_SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
 
@@ -109,7 +110,7 @@ class Story:
             f"{', ' + ', '.join(moves) if moves else ''}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if len(recipe.inputs.modalities) > 1 else ''}. "
             f"The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on validation slices was best. On the {point['n']} validation cases the operating point was taken from the "
-            f"centre of the plateau within one standard error of the best Dice: probability at least {point['threshold']:g}, {_components(point)}, "
+            f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
             "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"

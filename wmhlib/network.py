@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .adapters import adapt, budget
 from .errors import CheckpointError
 from .medsam import CHANNELS, ImageEncoder, build_encoder, check_state, load_checkpoint, weights_sha256
+from .presets import PRESETS, preset
 from .pretext import Pretext
-from .settings import PRESETS, Recipe, preset
+from .settings import Recipe
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
 _PRIOR = -4.0  # bias of the heads: lesions are rare

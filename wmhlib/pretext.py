@@ -17,6 +17,7 @@ LABELS = 8  # background, lesion, other pathology; CSF, grey matter, white matte
 _QUARTER = 4  # pixels of the image a pixel of the masks
 _LEAST = 4  # pixels of a part that a prompt may ask for
 _LESION = 0.5  # chance that a prompt asks for a lesion where there is one
+_EACH = 3  # prompts for an image
 
 
 class Pretext(nn.Module):
@@ -26,28 +27,37 @@ class Pretext(nn.Module):
         super().__init__()
         self.settings = recipe.pretext
         self.tissue = nn.Conv2d(CHANNELS, LABELS * _QUARTER**2, 1)
-        self.promptable = Promptable(recipe.inputs.img_size // 16, recipe.pretext.mlp, masks=1)
+        self.promptable = Promptable(recipe.inputs.img_size // 16, recipe.pretext.mlp, masks=1).aligned()
 
     def losses(self, features: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The weighted losses "tissue" (cross-entropy at a quarter of the resolution) and "prompts" (cross-entropy and Dice of one
-        mask an image). features: B x 256 x S/16 x S/16; labels: uint8 B x 1 x S x S, see LABELS. Raises InputError for labels
-        that hold no tissue."""
+        """The weighted losses "tissue" (cross-entropy at a quarter of the resolution) and "prompts" (balanced cross-entropy and Dice of
+        each mask asked for, and the squared error of its estimated IoU). features: B x 256 x S/16 x S/16; labels: uint8 B x 1 x S x S,
+        see LABELS. Raises InputError for labels that hold no tissue."""
         if not (labels > 2).any():
             raise InputError("the cases have no tissue labels, which pretext losses need: set cohort.scanners to other than 'challenge'")
         small = labels[:, 0, 2::_QUARTER, 2::_QUARTER].long()
         tissue = F.cross_entropy(F.pixel_shuffle(self.tissue(features), _QUARTER).float(), small, ignore_index=2)
-        masks, image = draw_parts(labels, generator)
+        masks, image = draw_parts(labels, generator, _EACH)
         prompts = draw_prompts(masks, image, generator)
-        logits = self.promptable(features, prompts)[0].float()
+        logits, estimate = (x.float() for x in self.promptable(features, prompts))
         target = F.avg_pool2d(masks[:, None].float(), _QUARTER)
-        masked = F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target, torch.ones_like(target))
+        masked = _balanced_cross_entropy(logits, target) + dice_loss(logits, target, torch.ones_like(target), each=True)
+        found, truth = logits.detach() > 0, target >= 0.5
+        iou = (found & truth).sum((1, 2, 3)) / (found | truth).sum((1, 2, 3)).clamp(min=1)
+        masked = masked + F.mse_loss(estimate, iou)
         return {"tissue": self.settings.tissue * tissue, "prompts": self.settings.prompts * masked}
 
 
-def draw_parts(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A connected part of a lesion or tissue for each image that shows one: masks bool N x S x S, and the image of each."""
+def _balanced_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Inside and outside of each mask weigh the same: else masks of few pixels stay empty for thousands of steps."""
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return sum((part * loss).sum((1, 2, 3)) / part.sum((1, 2, 3)).clamp(min=1e-3) for part in (target, 1 - target)).mean() / 2
+
+
+def draw_parts(labels: Tensor, generator: torch.Generator, each: int = 1) -> tuple[Tensor, Tensor]:
+    """`each` connected parts of lesions or tissues of every image that shows one: masks bool N x S x S, and the image of each."""
     masks, image = [], []
-    for i, slice_ in enumerate(labels[:, 0].cpu()):
+    for i, slice_ in [*enumerate(labels[:, 0].cpu())] * each:
         kinds = [kind for kind in slice_.unique().tolist() if kind not in (0, 2)]
         if not kinds:
             continue

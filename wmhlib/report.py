@@ -150,7 +150,7 @@ _CAPTIONS = {
     "search_heatmap":
         "Mean Dice at every operating point tried, over {n} {data} kept for validation; the smallest component counts voxels "
         "above, mm3 below. Good: a broad plateau (outlined: within one standard error of the best) with the chosen point "
-        "(star) inside it; a narrow peak would not carry over to new cases. The diamond is the recipe's own point. No test "
+        "(star) inside it, or at a lower threshold where the recipe prefers sensitivity; a narrow peak would not carry over to new cases. The diamond is the recipe's own point. No test "
         "case is used here.",
     "comparison":
         "The chosen point and the recipe's own on the {n} {data} kept for validation, mean Dice and difference with 95 % bootstrap "

@@ -89,7 +89,8 @@ class RandomScan(Scan):
         cortex, bright = self._brain_contrast()
         brains, shade = anatomy.grey + anatomy.white, uniform(0, 1.5)
         tissue = anatomy.grey * cortex * (1 + shade * (brain.grey_shades() - 1)) + anatomy.white * (1 + shade * (brain.white_shades() - 1))
-        level = 1 + (bright - 1) * (1 - uniform(0, 0.3) + uniform(0, 0.4) * anatomy.inner + uniform(0, 0.2) * brain.fine)
+        own = torch.exp(uniform(0, 0.4) * brain.field(uniform(8, 25))).clamp_(0.4, 1.6)  # of each lesion, some are faint
+        level = 1 + (bright - 1) * own * (1 - uniform(0, 0.3) + uniform(0, 0.4) * anatomy.inner + uniform(0, 0.2) * brain.fine)
         tissue += anatomy.lesion * (level * brains - tissue)
         tissue += uniform(0.4, 1) * anatomy.extent * (bright * brains - tissue)
         fluid = values[CSF] + uniform(0, 1.3) * brain.fluid_shades() * contrast.brightest

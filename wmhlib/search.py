@@ -76,10 +76,12 @@ def plateau(table: pd.DataFrame) -> pd.Series:
     return pd.Series(region == largest, index=table.index)
 
 
-def choose(table: pd.DataFrame, validation: pd.DataFrame) -> dict:
+def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre") -> dict:
     """The operating point of the two tables of `search`: the point of the `plateau` nearest the plateau's centre.
 
-    Distances count grid steps; of points equally near the one with the higher Dice. Returns plain values: `threshold`,
+    Distances count grid steps; of points equally near the one with the higher Dice. With `prefer` "sensitive" its threshold is then
+    lowered as far as the mean Dice stays within one standard error of the best: for scanners that no validation case comes from,
+    where a network's probabilities fall. Returns plain values: `threshold`,
     `min_voxels` and `min_mm3` (both must be reached), `tta`, `dsc` and `se` (mean validation Dice and its standard error; None
     for one case), `n`, `best_dsc` (of the best single point), `plateau_points`; `zscore_threshold`, the baseline's with the
     best mean Dice; `unsure_above` and `poor_below`, the limits of the flag for unsure cases (`uncertainty.unsure_limit`).
@@ -91,6 +93,10 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame) -> dict:
     steps = _steps(table).loc[inside, ["threshold", "size"]]
     distance = ((steps - steps.mean()) ** 2).sum(axis=1).round(9)
     row = table.loc[inside].assign(distance=distance).sort_values(["distance", "dsc"], ascending=[True, False]).iloc[0]
+    if prefer == "sensitive":
+        best = table.loc[table.dsc.idxmax()]
+        alike = (table[["unit", "size", "tta"]] == row[["unit", "size", "tta"]]).all(axis=1) & (table.threshold <= row.threshold)
+        row = table[alike & (table.dsc >= best.dsc - np.nan_to_num(best.se))].sort_values("threshold").iloc[0]
     dice = row[[PER_CASE + case for case in validation.case]].to_numpy(float)
     zscores = validation[[c for c in validation if c.startswith("z ")]].mean().fillna(-1)
     return dict(threshold=float(row.threshold), **_size(row.unit, row["size"]), tta=bool(row.tta), dsc=float(row.dsc),

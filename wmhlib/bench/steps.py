@@ -26,7 +26,8 @@ from ..batches import CaseSlices, augment, drop_modalities, stack_slices
 from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, dtype_of, native_precision
-from ..settings import Recipe, preset
+from ..presets import preset
+from ..settings import Recipe
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops

@@ -1,0 +1,55 @@
+"""The recipes that have a name: `preset` gives one, with settings changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .errors import RecipeError
+from .settings import SHIPPED, Adapter, Augment, Cohort, Encoder, Inputs, Operating, Pretext, Recipe, Split, Training
+
+_LEAN = Adapter(rank_attention=24, rank_mlp=12)
+
+_SMALL = Inputs(img_size=208, fov=208.0)
+_MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=13, random=True)
+_SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
+_UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
+
+PRESETS = {
+    # The recipe at full size, with the image skip; the others say what they change.
+    "colab": Recipe(training=Training(precision="bf16")),
+    # LoRA at rank 24/12: below 3.5 % trainable.
+    "lean": Recipe(name="lean", adapter=_LEAN, training=Training(precision="bf16")),
+    # The recipe as published: no image skip.
+    "original": Recipe(name="original", skip=False, training=Training(precision="fp16")),
+    # The small base that comes with the suite, adapted to a synthetic cohort: minutes on two cores.
+    "demo": Recipe(name="demo", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=16, rank_mlp=8, dropout=0.0), augment=_UPRIGHT,
+                   training=Training(epochs=5, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=4,
+                                     checkpoint_epochs=2, train_negatives=0.2, precision="bf16", ema=0.99),
+                   split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=48)),
+    # The adapter that comes with the suite: the base on FLAIR of many scanners, for scanners that nobody has validated on.
+    "flair": Recipe(name="flair", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=8, rank_mlp=4, dropout=0.0), augment=_UPRIGHT,
+                    training=Training(epochs=4, batch_size=8, accumulation=2, lr=1e-3, lr_min=1e-5, warmup_epochs=1, restart_epochs=3,
+                                      checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
+                    split=Split(val=0.1, test=0.1), operating=Operating(views=2, prefer="sensitive"), cohort=Cohort(synthetic_cases=240, scanners="flair")),
+    # The small base: all of it trained on heads of every contrast, with their tissues and prompts. Hours on two cores.
+    "base": Recipe(name="base", inputs=_SMALL, encoder=_MINI, adapter=Adapter(method="full"),
+                   pretext=Pretext(tissue=0.3, prompts=0.3),
+                   augment=Augment(flips_ap=False, rotate90=False, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3),
+                   training=Training(epochs=8, batch_size=8, accumulation=2, lr=2e-3, lr_min=1e-5, weight_decay=0.05, warmup_epochs=1, restart_epochs=7,
+                                     checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
+                   split=Split(val=0.06, test=0.06), operating=Operating(views=2), cohort=Cohort(synthetic_cases=400, scanners="mixed")),
+    # Seconds: every step at toy size, for the tests.
+    "smoke": Recipe(name="smoke", inputs=Inputs(img_size=64), encoder=Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=4, grid=4, random=True),
+                    adapter=Adapter(rank_attention=4, rank_mlp=2),
+                    training=Training(epochs=2, batch_size=8, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=2,
+                                      checkpoint_epochs=1),
+                    split=Split(val=0.25, test=0.25), operating=Operating(views=2, thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0, 30.0)),
+                    cohort=Cohort(synthetic_cases=12, scale=3.0)),
+}
+
+
+def preset(name: str, overrides: str = "") -> Recipe:
+    """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke"), with `overrides` applied."""
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
+    return PRESETS[name].with_overrides(overrides)
