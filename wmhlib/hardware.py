@@ -73,7 +73,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
     """Bytes of tensors at the peak of a training step on `batch_size` slices, in `precision` "no", "bf16" or "fp16".
 
     Counted are the weights, what the optimiser keeps of each trained one, and what a forward and a backward pass hold at
-    their worst moment. Not counted are the kernels' workspaces and the allocator's fragments (`SHARE`). Attention is counted
+    their worst moment. Not counted are the kernels' workspaces, the allocator's fragments (`SHARE`) and what `pretext` adds. Attention is counted
     as the CPU computes it; a GPU with a fused kernel for all of it needs less.
     """
     training = replace(recipe.training, gradient_checkpointing=gradient_checkpointing)
@@ -89,7 +89,9 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
         with held:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 fused, scales = network(images)
-            total_loss(fused, scales, labels, recipe.loss)[0].backward()
+            loss, _ = total_loss(fused, scales, labels, recipe.loss)
+            if loss.requires_grad:
+                loss.backward()
     kept = _STATES + 4 * bool(training.ema)
     return held.peak + kept * sum(p.numel() for p in network.parameters() if p.requires_grad)
 

@@ -88,26 +88,19 @@ class WMHNet(nn.Module):
             self.pretext = Pretext(recipe) if recipe.pretext.tissue or recipe.pretext.prompts else None
         for part in filter(None, (self.channel_adapter, self.decoder, self.skip)):
             part.to(memory_format=torch.channels_last)  # what convolutions of few channels are fastest in
+            part.requires_grad_(not recipe.pretext.alone)
         self.recipe = recipe
         encoder = build_encoder(replace(recipe.encoder, checkpoint=""), recipe.seed)
         rest = load_checkpoint(encoder, recipe.encoder.checkpoint) if recipe.encoder.checkpoint else {}
-        self.started = [name for name in ("channel_adapter", "decoder", "skip") if self._start(name, rest)]
+        prompts = self.pretext.promptable if self.pretext else None
+        self.started = [name for name, part, prefix in (("channel_adapter", self.channel_adapter, "channel_adapter."), ("decoder", self.decoder, "decoder."),
+                                                        ("skip", self.skip, "skip."), ("prompts", prompts, "")) if part and _start(part, rest, prefix)]
         self.base_sha256 = "" if encoder.pos_embed.is_meta else weights_sha256(encoder)  # no data, where only sizes are counted
         if recipe.encoder.bits == 4:
             from .quantised import quantise  # here, since bitsandbytes is needed for nothing else
             encoder = quantise(encoder)
         self.encoder = adapt(encoder, recipe.adapter, recipe.seed)
         self.checkpoint_gradients(recipe.training.gradient_checkpointing)
-
-    def _start(self, name: str, rest: dict[str, Tensor]) -> bool:
-        """Whether the part `name` begins with the weights of the base file, which it does if all of them fit."""
-        part = getattr(self, name)
-        expected = part.state_dict() if part else {}
-        state = {key.removeprefix(f"{name}."): value for key, value in rest.items() if key.startswith(f"{name}.")}
-        fits = bool(expected) and {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
-        if fits:
-            part.load_state_dict(state)
-        return fits
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.decode(self.features(x), x)
@@ -236,6 +229,16 @@ def base_channel_adapter(state: dict[str, Tensor], channels: int, source: str | 
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {source} has a channel adapter that does not fit {channels} input channels: {error}") from None
     return adapter
+
+
+def _start(part: nn.Module, rest: dict[str, Tensor], prefix: str) -> bool:
+    """Whether `part` begins with the weights of a base file under `prefix`, which it does if all of them fit."""
+    expected = part.state_dict()
+    state = {key: rest[prefix + key] for key in expected if prefix + key in rest}
+    fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
+    if fits:
+        part.load_state_dict(state)
+    return fits
 
 
 def _conv(a: int, b: int, stride: int = 1) -> list[nn.Module]:

@@ -13,6 +13,7 @@ _SMALL = Inputs(img_size=208, fov=208.0)
 _MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=13, random=True)
 _SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
 _UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
+_WIDE = replace(_UPRIGHT, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3)  # for scanners of all kinds
 
 PRESETS = {
     # The recipe at full size, with the image skip; the others say what they change.
@@ -27,14 +28,14 @@ PRESETS = {
                                      checkpoint_epochs=2, train_negatives=0.2, precision="bf16", ema=0.99),
                    split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=48)),
     # The adapter that comes with the suite: the base on FLAIR of many scanners, for scanners that nobody has validated on.
-    "flair": Recipe(name="flair", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=8, rank_mlp=4, dropout=0.0), augment=_UPRIGHT,
+    "flair": Recipe(name="flair", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=8, rank_mlp=4, dropout=0.0), augment=_WIDE,
                     training=Training(epochs=4, batch_size=8, accumulation=2, lr=1e-3, lr_min=1e-5, warmup_epochs=1, restart_epochs=3,
                                       checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
                     split=Split(val=0.1, test=0.1), operating=Operating(views=2, prefer="sensitive"), cohort=Cohort(synthetic_cases=240, scanners="flair")),
     # The small base: all of it trained on heads of every contrast, with their tissues and prompts. Hours on two cores.
     "base": Recipe(name="base", inputs=_SMALL, encoder=_MINI, adapter=Adapter(method="full"),
                    pretext=Pretext(tissue=0.3, prompts=0.3),
-                   augment=Augment(flips_ap=False, rotate90=False, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3),
+                   augment=_WIDE,
                    training=Training(epochs=8, batch_size=8, accumulation=2, lr=2e-3, lr_min=1e-5, weight_decay=0.05, warmup_epochs=1, restart_epochs=7,
                                      checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
                    split=Split(val=0.06, test=0.06), operating=Operating(views=2), cohort=Cohort(synthetic_cases=400, scanners="mixed")),

@@ -17,7 +17,6 @@ LABELS = 8  # background, lesion, other pathology; CSF, grey matter, white matte
 _QUARTER = 4  # pixels of the image a pixel of the masks
 _LEAST = 4  # pixels of a part that a prompt may ask for
 _LESION = 0.5  # chance that a prompt asks for a lesion where there is one
-_EACH = 3  # prompts for an image
 
 
 class Pretext(nn.Module):
@@ -37,7 +36,7 @@ class Pretext(nn.Module):
             raise InputError("the cases have no tissue labels, which pretext losses need: set cohort.scanners to other than 'challenge'")
         small = labels[:, 0, 2::_QUARTER, 2::_QUARTER].long()
         tissue = F.cross_entropy(F.pixel_shuffle(self.tissue(features), _QUARTER).float(), small, ignore_index=2)
-        masks, image = draw_parts(labels, generator, _EACH)
+        masks, image = draw_parts(labels, generator, self.settings.each)
         prompts = draw_prompts(masks, image, generator)
         logits, estimate = (x.float() for x in self.promptable(features, prompts))
         target = F.avg_pool2d(masks[:, None].float(), _QUARTER)

@@ -116,10 +116,13 @@ class Pretext:
 
     tissue: float = 0.0  # weight of the tissues' cross-entropy
     prompts: float = 0.0  # weight of the masks that SAM's decoder gives for boxes and points
+    each: int = 3  # prompts for a slice
+    alone: bool = False  # learn these and nothing else, with adapter.method=none
     mlp: int = 256  # width of the prompt decoder's MLPs; SAM's own: 2048
 
     def __post_init__(self):
         _require(min(self.tissue, self.prompts) >= 0, "pretext", (self.tissue, self.prompts), "weights of 0 or more")
+        _require(self.each >= 1, "pretext.each", self.each, "at least 1")
         _require(1 <= self.mlp <= 4096, "pretext.mlp", self.mlp, "1 to 4096")
 
 
@@ -263,6 +266,8 @@ class Recipe:
     def __post_init__(self):
         _require(self.encoder.bits == 16 or self.adapter.method != "full", "adapter.method", self.adapter.method,
                  "'lora' or 'none' with encoder.bits=4, whose weights cannot be trained")
+        _require(not self.pretext.alone or (self.adapter.method == "none" and self.pretext.prompts > 0), "pretext.alone", True,
+                 "adapter.method=none and pretext.prompts above 0 with it")
 
     def with_overrides(self, overrides: str) -> Recipe:
         """A copy with settings changed, e.g. ``"training.epochs=3 inputs.modalities=['flair','t1'] skip=false"``.

@@ -27,11 +27,11 @@ from .workspace import MINISAM, RunFolder, read_table, write_atomic, write_table
 
 
 def export_base(run: RunFolder, path: Path = BASE) -> Path:
-    """Writes the network of `run`, whose encoder was trained in full with its prompts, as a base file: the keys of a SAM state
-    dict, and channel adapter, decoder and skip to start from, matrices in half precision. InputError for another run."""
+    """Writes the network of `run`, whose encoder was trained in full or not at all, and which learnt prompts, as a base file: the keys
+    of a SAM state dict, and channel adapter, decoder and skip to start from, matrices in half precision. InputError for another run."""
     network, _ = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
-    if network.recipe.adapter.method != "full" or network.pretext is None:
-        raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full, pretext.prompts above 0)")
+    if network.recipe.adapter.method == "lora" or network.pretext is None:
+        raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full or none, pretext.prompts above 0)")
     names = {"encoder.": "image_encoder.", "pretext.promptable.": "", "channel_adapter.": "channel_adapter.", "decoder.": "decoder.", "skip.": "skip."}
     state = {new + key.removeprefix(old): _half(value) for key, value in network.state_dict().items()
              for old, new in names.items() if key.startswith(old)}
@@ -49,7 +49,8 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
     state = {key: _half(value) for key, value in network.trained_state().items()}
     write_atomic(there.best, save(state, {"wmhlib": json.dumps(origin)}))
-    for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, run.figures / "training_curves.png"):
+    figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
+    for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures):
         write_atomic(folder / path.relative_to(run.path), run.need(path, "04_search").read_bytes())
     files = ["flair", "t1", "mask", "ventricles"]
     cohort = read_table(run.cohort_csv)
