@@ -137,7 +137,7 @@ distilled.tell(claims.shown(costs), "claims", claims.machine())
 # %%
 verdicts = claims.reached(costs)
 write_table(verdicts, out / "reached.csv")
-distilled.tell(verdicts.set_index("student"), "reached", claims.machine())
+distilled.tell(claims.verdicts(verdicts), "reached", claims.machine())
 
 # %% [markdown]
 # ## Limits

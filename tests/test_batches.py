@@ -39,13 +39,17 @@ def test_drawing_depends_on_seed_and_case_alone():
     assert alone != draw_slices([case("b")], 0.2, 2)
 
 
-def test_few_slices_show_lesions_and_more_of_them_begin_with_the_same():
+def test_few_slices_begin_with_a_lesion_and_more_of_them_with_the_same():
     cases = [case("a"), case("b", lesions=(1, 2, 5, 7))]
-    two, five = (few_slices(cases, count, seed=4) for count in (2, 5))
-    assert five[:2] == two and len(set(five)) == 5 and five != few_slices(cases, 5, seed=5)
-    assert all(z in cases[i].lesions() for i, z in five)
+    two, five = (few_slices(cases, count, 0.5, seed=4) for count in (2, 5))
+    assert five[:2] == two and len(set(five)) == 5 and five != few_slices(cases, 5, 0.5, seed=5)
+    assert set(five) < set(draw_slices(cases, 0.5, seed=4))
+    for seed in range(20):
+        (i, z), = few_slices(cases, 1, 1.0, seed)
+        assert z in cases[i].lesions()
+    assert all(z in cases[i].lesions() for i, z in few_slices(cases, 5, 0, seed=4))
     with pytest.raises(InputError, match="8 slices"):
-        few_slices(cases, 8, seed=4)
+        few_slices(cases, 8, 0, seed=4)
 
 
 def test_slices_of_air_are_never_drawn():

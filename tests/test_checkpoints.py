@@ -38,6 +38,11 @@ def until(holds) -> None:
         time.sleep(0.001)
 
 
+def no_delivery() -> bool:
+    """A keeper that was closed in vain may still be at work in the folder, which another process's would not be."""
+    return not any(thread.name == "delivery" for thread in threading.enumerate())
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -236,7 +241,7 @@ def test_a_slow_run_folder_holds_up_nobody_and_only_the_newest_version_of_a_file
         keeper.close(0.01)
     trouble.free.set()
     until(lambda: run.history_csv.exists())
-    until(lambda: not any(thread.name == "delivery" for thread in threading.enumerate()))
+    until(no_delivery)
     assert trouble.count <= 5  # the first history.csv, the newest, a checkpoint and its manifest
     new().close()
     assert run.history_csv.read_bytes() == b"29" and new().newest(same)["history"][0]["epoch"] == 29
@@ -282,6 +287,7 @@ def test_what_an_earlier_process_could_not_deliver_is_delivered_and_resumed(new,
         keeper.write(run.best, b"weights")
         keeper.checkpoint(7, state(7))
         keeper.close(0.003)
+    until(no_delivery)
     trouble.begin("")
     assert not run.best.exists()
     with new() as keeper:
@@ -297,6 +303,7 @@ def test_a_checkpoint_whose_manifest_never_arrived_is_taken_from_the_local_folde
     os.utime(run.checkpoints / "epoch_0007.pt", (time.time() + 60,) * 2)
     with pytest.raises(CheckpointError):
         keeper.close(0.003)
+    until(no_delivery)
     trouble.begin("")
     with new() as keeper:
         assert keeper.newest(same)["history"][0]["epoch"] == 7
@@ -309,7 +316,7 @@ def test_a_local_copy_older_than_the_run_folders_is_not_delivered(new, trouble, 
     keeper.write(run.best, b"old")
     with pytest.raises(CheckpointError):
         keeper.close(0)
-    until(lambda: not any(thread.name == "delivery" for thread in threading.enumerate()))
+    until(no_delivery)
     trouble.begin("")
     write_atomic(run.best, b"new")
     os.utime(run.best, (time.time() + 60,) * 2)

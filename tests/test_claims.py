@@ -91,7 +91,9 @@ def test_the_teachers_own_rows_claim_nothing():
 
 def test_the_table_can_be_read(table):
     text = claims.shown(table)
-    assert "GMAC" in text and "ViT-H" in text.index and text["against"].str.contains("ViT-H, fp32").any() and not text.isna().any(axis=None)
+    assert "GMAC" in text and "ViT-H 64 px fp32" in text.index and text["against"].str.contains("ViT-H, fp32").any() and not text.isna().any(axis=None)
+    told = claims.verdicts(claims.reached(a_row())).iloc[0]
+    assert told.name == "ViT-B 256 px fp32" and told["7x faster"] == "no" and "7.0x fewer" in told["why not"]
 
 
 def test_the_full_line_up_has_vit_h_at_256_and_512_and_at_1024_if_asked():

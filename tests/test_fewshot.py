@@ -40,8 +40,10 @@ def test_the_trained_run_and_a_base_that_answers_prompts_are_levels(new_run, tmp
     state |= {f"decoder.{name}": value for name, value in Decoder().state_dict().items()}
     torch.save(state, tmp_path / "base.pth")
     run = new_run("run", f"encoder.checkpoint={tmp_path / 'base.pth'} training.epochs=1")
-    monkeypatch.setattr(fewshot, "_trained", lambda point: dict(val_dice=0.5, test_dice=0.4))
+    rates = []
+    monkeypatch.setattr(fewshot, "_trained", lambda point: rates.append(point.recipe().training.lr) or dict(val_dice=0.5, test_dice=0.4))
     table = fewshot.curve(run, (1,), (0,))
+    assert rates == [recipe.training.lr / 10], "few slices do not undo a good start"
     assert table.system.tolist() == ["few-shot", ZERO_SHOT, "no adaptation"]
     fit(run, progress=False)
     table = fewshot.curve(run, (1,), (0,), folder=run.path / "fewshot")
@@ -50,8 +52,10 @@ def test_the_trained_run_and_a_base_that_answers_prompts_are_levels(new_run, tmp
 
 @pytest.mark.parametrize("count, epochs", [(1, 200), (8, 200), (9, 100), (100, 16)])
 def test_few_slices_are_seen_often_enough(count, epochs):
-    recipe = fewshot.few_slices_recipe(preset("demo"), count, 3, "training.lr=1e-3")
-    assert (recipe.training.epochs, recipe.training.slices, recipe.seed, recipe.training.lr) == (epochs, count, 3, 1e-3)
+    recipe = fewshot.few_slices_recipe(preset("demo"), count, 3)
+    assert (recipe.training.epochs, recipe.training.slices, recipe.seed) == (epochs, count, 3)
+    halves = fewshot.few_slices_recipe(preset("demo"), count, 3, "training.batch_size=4 training.lr=1e-3").training
+    assert halves.epochs * -(-count // 4) in range(200, 260) and halves.lr == 1e-3
     assert recipe.training.epochs // recipe.training.validate_epochs >= 10 and recipe.training.restart_epochs == epochs
 
 

@@ -26,14 +26,16 @@ def draw_slices(cases: list[CaseSlices], negatives: float, seed: int) -> list[tu
     return drawn
 
 
-def few_slices(cases: list[CaseSlices], count: int, seed: int) -> list[tuple[int, int]]:
-    """`count` slices with a lesion, drawn once from `seed`: the first of a longer draw are a shorter one. Raises InputError where
-    there are fewer."""
-    places = draw_slices(cases, 0, seed)
-    if len(places) < count:
-        raise InputError(f"{count} slices with a lesion are asked for (training.slices), the {len(cases)} training cases have {len(places)}")
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(stable_seed(seed, "few")))
-    return [places[i] for i in order[:count]]
+def few_slices(cases: list[CaseSlices], count: int, negatives: float, seed: int) -> list[tuple[int, int]]:
+    """`count` of the slices of `draw_slices`, drawn once from `seed`, the first with a lesion: the first of a longer draw are a
+    shorter one. Raises InputError where there are fewer, or none has a lesion."""
+    places = draw_slices(cases, negatives, seed)
+    lesions = set(draw_slices(cases, 0, seed))
+    if len(places) < count or not lesions:
+        raise InputError(f"{count} slices are asked for (training.slices): {len(cases)} training cases have {len(places)}, {len(lesions)} of them with a lesion")
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(stable_seed(seed, "few"))).tolist()
+    first = next(i for i in order if places[i] in lesions)
+    return [places[i] for i in (first, *(i for i in order if i != first))][:count]
 
 
 def stack_slices(cases: list[CaseSlices], places: list[tuple[int, int]], context: int) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,8 @@ class _Job:
         self.teacher = Teacher(settings).to(device)
         self.student = build_encoder(settings.student, stable_seed(settings.seed, "student")).to(device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), settings.training.lr, settings.training.betas, weight_decay=settings.training.weight_decay)
-        few = settings.training.slices
-        drawn = few_slices(train, few, settings.seed) if few else draw_slices(train, settings.training.train_negatives, settings.seed)
+        few, negatives = settings.training.slices, settings.training.train_negatives
+        drawn = few_slices(train, few, negatives, settings.seed) if few else draw_slices(train, negatives, settings.seed)
         checked = [(len(train) + i, z) for i, z in draw_slices(val, settings.training.val_negatives, settings.seed)]
         if not drawn or not checked:
             raise InputError(f"{len(drawn)} slices to learn from and {len(checked)} to check with: expected at least one of each, add cases with lesions")

@@ -136,7 +136,7 @@ def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Place
 
 def _order(cases: list[CaseSlices], recipe: Recipe, epoch: int) -> _Places:
     training = recipe.training
-    places = (few_slices(cases, training.slices, recipe.seed) if training.slices else
+    places = (few_slices(cases, training.slices, training.train_negatives, recipe.seed) if training.slices else
               draw_slices(cases, training.train_negatives, stable_seed(recipe.seed, "slices", epoch)))
     generator = torch.Generator().manual_seed(stable_seed(recipe.seed, "order", epoch))
     return [places[i] for i in torch.randperm(len(places), generator=generator)]

@@ -32,10 +32,11 @@ _LINES = {ZERO_SHOT: "--", NONE: ":", ALL: "-."}
 
 def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterable[int] = (0, 1), overrides: str = "",
           folder: str | Path = "", progress: bool = True) -> pd.DataFrame:
-    """Train the recipe of `run` on few slices with a lesion, of its training cases, and score its validation and test cases.
+    """Train the recipe of `run` on few slices of its training cases, and score its validation and test cases.
 
     Each number of slices and each seed, which draws them, is a run folder of its own in `folder` (<run>/fewshot unless given), trained
-    for about 200 steps however few slices there are; `overrides` change the recipe of all. What is finished is read, not done again.
+    for about 200 steps however few slices there are, where the base brings a decoder at a tenth of the rate, for few slices soon undo
+    a good start; `overrides` change the recipe of all. What is finished is read, not done again.
 
     Returns a row each: `system` ("few-shot"), `slices`, `seed`, `val_dice` and `test_dice`, the mean over cases of the Dice of the whole
     scan, one view at 0.5 (the epoch is chosen on validation cases; the test cases choose nothing). Levels to compare with follow, as far
@@ -43,17 +44,19 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
     and "all slices", the trained `run` itself. Written as fewshot.csv into `folder`. Raises RecipeError where `folder` holds points of
     another recipe.
     """
-    folder, rows = Path(folder or run.path / "fewshot"), []
-    split = run.split_text()
+    folder, recipe, rows = Path(folder or run.path / "fewshot"), run.recipe(), []
+    split, network = run.split_text(), WMHNet(recipe)
+    if "decoder" in network.started:
+        overrides = f"training.lr={recipe.training.lr / 10} {overrides}"
     for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", disable=not progress, mininterval=5):
-        point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(run.recipe(), count, seed, overrides))
+        point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides))
         for name in ("cohort_csv", "split_csv"):
             write_table(read_table(getattr(run, name)), getattr(point, name))
         scores = _kept(point.path / "scores.json", split, partial(_trained, point))
         rows.append(dict(system=FEW, slices=count, seed=seed) | scores)
-    for name, (origin, segment) in _levels(run).items():
+    for name, (origin, segment) in _levels(run, network).items():
         scores = _kept(folder / f"{name}.json", origin + split, partial(_scores, run, segment))
-        rows.append(dict(system=name, slices=0, seed=run.recipe().seed) | scores)
+        rows.append(dict(system=name, slices=0, seed=recipe.seed) | scores)
     table = pd.DataFrame(rows, columns=COLUMNS)
     write_table(table, folder / "fewshot.csv")
     return table
@@ -61,6 +64,7 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
 
 def few_slices_recipe(recipe: Recipe, count: int, seed: int, overrides: str = "") -> Recipe:
     """`recipe` for `count` slices: as many epochs as make 200 steps, one cosine after a tenth of them as warm-up, ten validations."""
+    recipe = recipe.with_overrides(overrides)
     per_epoch = -(-count // (recipe.training.batch_size * recipe.training.accumulation))
     epochs = -(-_STEPS // per_epoch)
     tenth = max(1, epochs // 10)
@@ -81,7 +85,7 @@ def figure(table: pd.DataFrame) -> Figure:
     for row in table[table.system != FEW].itertuples():
         ax.axhline(row.test_dice, color="0.3", linestyle=_LINES[row.system], linewidth=1.3, label=f"{row.system} (test cases): {row.test_dice:.2f}")
     counts = sorted(few.slices.unique())
-    ax.set(xscale="log", xlabel="slices with a lesion trained on", ylabel="mean Dice", ylim=(-0.02, 1.02))
+    ax.set(xscale="log", xlabel="labelled slices trained on", ylabel="mean Dice", ylim=(-0.02, 1.02))
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.minorticks_off()
     fig.legend(loc="outside lower center", ncols=2, **LEGEND)
@@ -93,10 +97,10 @@ def _trained(point: RunFolder) -> dict[str, float]:
     return _scores(point, WMHInferenceEngine.from_run(point).plain_mask)
 
 
-def _levels(run: RunFolder) -> dict[str, tuple[str, Callable[[Case], np.ndarray]]]:
+def _levels(run: RunFolder, network: WMHNet) -> dict[str, tuple[str, Callable[[Case], np.ndarray]]]:
     """What each level depends on, and its function from a case to a mask."""
-    levels, network, (base, _) = {}, WMHNet(run.recipe()), open_base(run.recipe())
-    origin = run.recipe().to_json() + network.fingerprint()
+    levels, (base, _) = {}, open_base(network.recipe)
+    origin = network.recipe.to_json() + network.fingerprint()
     if base:
         levels[ZERO_SHOT] = origin, base.zero_shot
     if "decoder" in network.started:

@@ -35,8 +35,8 @@ class Plan:
 PLANS = {
     "colab": Plan(),
     "demo": Plan("cohort.synthetic_cases=24", "training.epochs=4 training.warmup_epochs=1 training.restart_epochs=3", seeds=(0,),
-                 few="training.batch_size=2 training.validate_epochs=1000",
-                 modalities="cohort.synthetic_cases=6 training.epochs=3 training.warmup_epochs=1 training.restart_epochs=2", repetitions=2),
+                 few="training.batch_size=4",
+                 modalities="cohort.synthetic_cases=24 training.epochs=6 training.warmup_epochs=1 training.restart_epochs=5", repetitions=2),
     "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", (2,), (0,),
                   "training.epochs=1 training.warmup_epochs=0",
                   "cohort.synthetic_cases=3 training.epochs=1 training.warmup_epochs=0 training.slices=4", ("flair", "ct"), 1, True),

@@ -207,7 +207,7 @@ _CAPTIONS = {
     "viewer":
         "Every slice of the best, median and worst of {n} {data}. Good: the two outlines run together; what is missed or false sits at borders, not in lesions of its own.",
     "fewshot":
-        "Mean Dice of the {n} {data} kept for testing (one view at 0.5), and of the validation cases, after training on a few slices with a lesion, a marker a "
+        "Mean Dice of the {n} {data} kept for testing (one view at 0.5), and of the validation cases, after training on a few labelled slices, a marker a "
         "seed. Lines across: the trained run, the base without any training, and the base told where each lesion lies. Good: a curve that rises "
         "early towards the trained run; seeds far apart at few slices mean that it matters which.",
     "split":

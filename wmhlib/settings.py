@@ -13,7 +13,7 @@ from .errors import RecipeError
 MODALITIES = ("flair", "t1")
 _LARGEST = 1 << 40  # of any number
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
-SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed")
+SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "both")
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
 
 
@@ -167,7 +167,7 @@ class Training:
     fit_device: bool = True  # split the batch (and checkpoint gradients) so that it fits the device; its effective size stays
     gradient_checkpointing: bool = False  # compute the encoder's activations again instead of keeping them
     ema: float = 0.0  # decay per step of the averaged weights that are validated and kept; 0: none
-    slices: int = 0  # with lesions, drawn once, that are all there is to train on (few-shot); 0: every one
+    slices: int = 0  # drawn once, that are all there is to train on (few-shot); 0: every one with a lesion, and others anew each epoch
     patience: int = 0  # epochs without a better validation Dice after which training stops; 0: never
 
     def __post_init__(self):
@@ -238,7 +238,7 @@ class Cohort:
     """The synthetic cohort that `phantom` writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, mixed; or both: sites and flair by turns
     scale: float = 1.0  # in-plane voxel size relative to the sites' own (tests use coarse ones)
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..figures import BLUE, GREEN, LEGEND, POINTS, VERMILLION, page, save_figure
+from .claims import TARGETS
 
 _PANELS = {
     "Feature loss": {"feature": ("training", BLUE, "o"), "val_feature": ("validation", VERMILLION, "s")},
@@ -57,12 +58,13 @@ CAPTIONS = {
         "Mean Dice of each adapter (rows) on validation cases of each modality (columns), {data}; all adapters on one frozen base, the frame marks the "
         "best of a column. Good: the frames lie on the diagonal.",
     "claims":
-        "Image encoders on {data}. Weights are counted from the tensors in memory, NF4's scales among them; the peak is that of all of a fresh process during one "
-        "pass (on a GPU its tensors alone); operations as torch's FlopCounterMode counts them (1 MAC = 2 FLOP); times are medians, all encoders in turns in one "
+        "Image encoders on {data}, batches of one image. Weights are counted from the tensors in memory, NF4's scales among them, and saved against ViT-H in fp32; the peak is that of all of a fresh process during one "
+        "pass (on a GPU its tensors alone); operations as torch's FlopCounterMode counts them (a MAC is 2 of them), then with decoder and image skip; times are medians, all encoders in turns in one "
         "run, against the teacher at equal size and precision (NF4 against bf16). ViT-H and ViT-B have random weights, which cost the same: their "
         "Dice is empty. Dice is measured where both sides were adapted.",
     "reached":
-        "Each claim in each row: empty where it was not measured or is not about this pair. Good: yes; a no says why.",
+        "Each claim in each row, in the order of the heads: " + "; ".join(TARGETS) + ". Empty where it was not measured or is not about this pair. "
+        "Good: yes; a no says why.",
 }
 
 
