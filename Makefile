@@ -11,7 +11,7 @@ AGAIN := $(START) training.lr=1e-3 training.epochs=6 training.restart_epochs=5
 PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pretext.tissue=0 pretext.each=12 training.batch_size=4 \
   training.lr=8e-4 training.epochs=1 training.warmup_epochs=0 training.restart_epochs=1
 
-.PHONY: help demo test pipeline report evaluate predict score distill benchmark weights notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score compare distill benchmark weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
+
+compare: .venv/installed  ## notebook 07, adapters and parts of the recipe on equal terms: PRESET=demo RUN=folder OUT=folder SHARE=1/1
+	$(SUITE) compare --preset "$${PRESET:-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --share "$${SHARE:-1/1}"
 
 distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder
 	$(SUITE) distill --preset "$${PRESET:-demo}" --run "$$RUN" --medsam "$$MEDSAM" --out "$$OUT" --overrides "$$OVERRIDES"

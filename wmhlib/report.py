@@ -43,13 +43,13 @@ def results_text(metrics: pd.DataFrame, seed: int = 42) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def paired_table(metrics: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
-    """The operating point against each other system on the same cases: Dice gained, Wilcoxon's test, Holm's correction. A
-    baseline that sees the reference is not tested."""
-    table = agreement.compare_systems(metrics[metrics.system != ZERO_SHOT], SYSTEMS[0], "dsc", seed)
+def paired_table(metrics: pd.DataFrame, seed: int = 42, baseline: str = SYSTEMS[0]) -> pd.DataFrame:
+    """`baseline` against each other system on the same cases: Dice gained, Wilcoxon's test, Holm's correction. One that sees the
+    reference is not tested."""
+    table = agreement.compare_systems(metrics[metrics.system != ZERO_SHOT], baseline, "dsc", seed)
     return pd.DataFrame({"n": table.n, "left out": table.left_out, "Dice gained": _intervals(table, "difference", 3, "+"),
                          "equal pairs": table.zeros, "Wilcoxon W": table.w.map(_plain),
-                         "p": table.p.map(_p), "p (Holm)": table.p_holm.map(_p)}).rename_axis("operating point against")
+                         "p": table.p.map(_p), "p (Holm)": table.p_holm.map(_p)}).rename_axis(f"{baseline} against")
 
 
 def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:

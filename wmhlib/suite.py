@@ -4,6 +4,7 @@
     python -m wmhlib.suite report --run runs/demo
     python -m wmhlib.suite evaluate --data folder
     python -m wmhlib.suite predict --flair FLAIR.nii.gz --out folder
+    python -m wmhlib.suite compare --preset demo --out runs/compare_demo
     python -m wmhlib.suite distill --preset demo --out runs/distill_demo
     python -m wmhlib.suite benchmark --run runs/demo --out runs/benchmark
 """
@@ -85,6 +86,14 @@ def distill(preset: str, run: str = "", teacher: str = "", out: str = "", overri
                  {"preset": preset, "run_dir": run, "out_dir": str(folder), "teacher": teacher, "overrides": overrides})
 
 
+def compare(preset: str, run: str = "", out: str = "", overrides: str = "", share: str = "1/1") -> Path:
+    """Notebook 07: adapters and parts of the recipe on equal terms, on the cases of the folder `run` ("": synthetic ones for the presets
+    demo and smoke). The grid, of which this is the `share` "i/n", in `out` ("": runs/compare_<preset>). Returns its HTML page."""
+    folder = Path(out or f"runs/compare_{preset}").expanduser()
+    name = "07_compare" + ("" if share == "1/1" else f"_{share.replace('/', '_of_')}")
+    return _page("07_compare", folder / f"{name}.ipynb", {"preset": preset, "run_dir": run, "out_dir": str(folder), "overrides": overrides, "share": share})
+
+
 def _page(name: str, output: Path, parameters: dict) -> Path:
     """Runs a notebook into `output`; its HTML page, and for the report a PDF, beside it."""
     execute(name, output, parameters)
@@ -135,7 +144,7 @@ def notebook_text(source: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "distill", "benchmark", "notebooks"))
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "benchmark", "notebooks"))
     parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict and evaluate the weights that come with the suite)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
@@ -145,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, distill or benchmark")
+    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, compare, distill or benchmark")
+    parser.add_argument("--share", default="1/1", help="for compare: 2/8 does every eighth cell from the second, for eight jobs at once")
     given = parser.parse_args(arguments)
     run = MINISAM if given.action in ("predict", "evaluate") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
@@ -158,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"report {predict(run, given.flair, given.out, given.t1)}")
         elif given.action == "distill":
             print(f"report {distill(given.preset, given.run, given.medsam, given.out, given.overrides)}")
+        elif given.action == "compare":
+            print(f"report {compare(given.preset, given.run, given.out, given.overrides, given.share)}")
         elif given.action == "benchmark":
             print(f"report {benchmark(run, given.out)}")
         elif given.action in ("report", "evaluate"):

@@ -1,0 +1,120 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/07_compare.ipynb)
+#
+# # 7 · Adapters on equal terms
+#
+# Which way of adapting the encoder is worth its parameters, and which parts of the recipe are worth their trouble: each trained on
+# the same base, cases, budget and seeds, each scored on the same test cases, none with a threshold of its own.
+#
+# The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
+
+# %% tags=["bootstrap"]
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+if "google.colab" in sys.modules and not find_spec("wmhlib"):
+    if not Path("/content/wmh-lora").exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "https://github.com/wmh-lora/wmh-lora", "/content/wmh-lora"],
+                       check=True)
+    sys.path.insert(0, "/content/wmh-lora")
+
+from wmhlib.workspace import bootstrap
+
+root = bootstrap()
+
+# %% tags=["parameters"]
+preset: str = "demo"  # recipe: demo, colab or smoke
+run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and for demo and smoke a few synthetic cases made for this
+out_dir: str = ""  # folder for the grid, one run folder a cell; empty: <root>/compare_<preset>
+methods: str = ""  # which to compare, such as "lora salt full"; empty: all
+ranks: str = ""  # of those that have one, such as "8 24 64"; empty: the preset's
+seeds: str = ""  # such as "0 1 2"; empty: the preset's
+overrides: str = ""  # settings of all cells to change, the way notebook 01 shows
+share: str = "1/1"  # "2/8": this is the second of eight jobs that share the grid; run once more with 1/1 when all are done
+
+# %% [markdown]
+# The cases, and the grid.
+
+# %%
+from pathlib import Path
+
+from wmhlib import cohort, compare, minisam, presets, report
+from wmhlib.bench import compared
+from wmhlib.workspace import RunFolder, read_table, write_table
+
+out, plan = Path(out_dir or f"{root}/compare_{preset}"), compare.plan(preset)
+run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
+recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+named = compare.systems(methods.split() or plan.methods, [int(rank) for rank in ranks.split()] or plan.ranks)
+drawn = [int(seed) for seed in seeds.split()] or plan.seeds
+each = f"{plan.each} {overrides}"
+data = cohort.describe(read_table(run.cohort_csv))
+print(f"{len(named)} systems x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
+
+# %% [markdown]
+# ## Methods and ranks
+#
+# Cells that are finished are read. A grid can be spread over a cluster: one papermill job a share.
+
+# %%
+scores = compare.train(run, named, drawn, out / "methods", each, share)
+table = compare.summary(scores, compare.costs(recipe.with_overrides(each), named))
+write_table(table, out / "methods.csv")
+compared.tell(compared.shown(table), compared.caption("methods", data, table))
+
+# %% [markdown]
+# ## What a parameter buys
+
+# %%
+compared.show(compared.pareto_figure(table), out, "pareto", compared.caption("pareto", data, table))
+
+# %% [markdown]
+# ## Paired tests
+
+# %%
+tests = report.paired_table(compare.over_seeds(scores), baseline=compare.reference(named))
+write_table(tests.reset_index(), out / "tests.csv")
+compared.tell(tests, compared.caption("tests", data, table))
+
+# %% [markdown]
+# ## Parts of the recipe
+#
+# The recipe with one thing changed at a time.
+
+# %%
+changed = compare.ablations(recipe, plan.ablations)
+scores = compare.train(run, changed, drawn, out / "ablations", each, share)
+table = compare.summary(scores)
+write_table(table, out / "ablations.csv")
+compared.tell(compared.shown(table), compared.caption("ablations", data, table))
+
+# %%
+tests = report.paired_table(compare.over_seeds(scores), baseline=compare.BASELINE)
+write_table(tests.reset_index(), out / "ablation_tests.csv")
+compared.tell(tests, compared.caption("tests", data, table))
+
+# %% [markdown]
+# ## Limits
+#
+# The budget is the same for all, and small: a method that would win after ten times as many steps does not show it here. Synthetic
+# cases say how methods compare, not how any of them does on patients. Nothing was tuned for a method but its rank.
+
+# %%
+print(f"grid, tables and figures in {out}")

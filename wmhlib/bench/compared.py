@@ -1,0 +1,78 @@
+"""Tables and figures of notebook 07_compare, with their captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..compare import SCORES, pareto
+from ..figures import BLUE, LEGEND, ORANGE, POINTS, page, save_figure
+from ..report import interval
+
+_HEADS = {"dsc": "Dice", "hd95": "HD95 (mm)", "avd": "AVD (%)", "recall": "lesion recall", "f1": "lesion F1"}
+_DECIMALS = {"dsc": 3, "hd95": 1, "avd": 1, "recall": 2, "f1": 2}
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare.summary`, ready to read."""
+    columns = {_HEADS[score]: [interval(*row, _DECIMALS[score]) for row in table[[score, f"{score}_low", f"{score}_high"]].to_numpy(float)] for score in SCORES}
+    if "trainable" in table:
+        for name, head, form, scale in (("trainable", "trained", "{:,.0f}", 1), ("adapter", "in the adapter", "{:,.0f}", 1), ("share_percent", "of all", "{:.2f} %", 1),
+                                        ("file_mb", "file (MB)", "{:.1f}", 1), ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3),
+                                        ("step_ratio", "step ratio", "{:.2f}", 1)):
+            columns[head] = (table[name] * scale).map(form.format)
+    return pd.DataFrame(columns).set_axis(table.system.rename("system"))
+
+
+def pareto_figure(table: pd.DataFrame) -> Figure:
+    """Mean Dice of each system, with its interval over seeds, against its trained parameters; `table` as `summary` gives it with costs."""
+    fig, axes = page(1, 1, (8, 4.6))
+    ax, best = axes[0, 0], table[pareto(table)].sort_values("trainable")
+    ax.step(best.trainable, best.dsc, where="post", color=ORANGE, linewidth=1.3, label="no better with as few")
+    ax.errorbar(table.trainable, table.dsc, yerr=[table.dsc - table.dsc_low, table.dsc_high - table.dsc], fmt="none", ecolor="0.6", elinewidth=1)
+    ax.plot(table.trainable, table.dsc, color=BLUE, marker="o", label="a system: mean and interval over seeds", **POINTS)
+    for row in table.itertuples():
+        ax.annotate(row.system, (row.trainable, row.dsc), (4, 4), textcoords="offset points", fontsize=8)
+    ax.set(xscale="log", xlabel="trained parameters", ylabel="mean Dice")
+    fig.legend(loc="outside lower center", ncols=2, **LEGEND)
+    return fig
+
+
+CAPTIONS = {
+    "methods":
+        "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, nothing chosen. The same base, cases, "
+        "budget and rate for all. Trained: adapter, decoder, channel adapter and skip; its share is of all parameters of the network, the frozen encoder "
+        "included and nothing besides. File: the weights a run leaves. Step: a batch, all systems in turns in one run, its ratio to the first row's; "
+        "peak: the whole of a fresh process. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
+    "pareto":
+        "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and counted. Good: a point on the line, "
+        "to the left; points whose bars overlap are not told apart here.",
+    "tests":
+        "Paired differences in Dice between the named baseline and each system over the same {n} test cases ({data}), each the mean of {seeds} seeds: "
+        "bootstrap interval over cases, Wilcoxon's signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
+    "ablations":
+        "The recipe with one thing changed at a time, mean over {n} test cases ({data}) and {seeds} seeds with the 95 % t interval over the seeds. Where T1 or neighbours come in, "
+        "channel adapter and skip begin at random instead of the base's. A row better than the recipe says that its part does not pay at this budget.",
+}
+
+
+def caption(name: str, data: str, table: pd.DataFrame) -> str:
+    """What figure or table `name` shows and what good looks like; `table` as `compare.summary` gives it."""
+    return CAPTIONS[name].format(data=data, n=table.n.max(), seeds=table.seeds.max())
+
+
+def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
+    """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
+    from IPython.display import Markdown, display
+
+    save_figure(figure, Path(folder) / f"{name}.png")
+    display(figure, Markdown(words))
+
+
+def tell(table: pd.DataFrame, words: str) -> None:
+    """Displays `table` with its caption."""
+    from IPython.display import Markdown, display
+
+    display(table, Markdown(words))

@@ -1,0 +1,189 @@
+"""Adapters, and parts of the recipe, on equal terms: the same base, cases, budget and seeds, one cell of a grid for each system and seed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from tqdm import tqdm
+
+from .adapters import budget
+from .bench.steps import Step, step_memory
+from .bench.table import alternate
+from .engine import WMHInferenceEngine
+from .errors import InputError, RecipeError
+from .metrics import challenge_scores
+from .network import WMHNet, weights_bytes
+from .settings import Recipe
+from .training import fit
+from .volumes import load_case
+from .workspace import RunFolder, read_table, write_table
+
+RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
+PLAIN = ("none", "bias", "ssam", "full")
+SCORES = ("dsc", "hd95", "avd", "recall", "f1")
+BASELINE = "recipe"  # of the ablations
+ABLATIONS = {  # what each changes in the recipe
+    BASELINE: "",
+    "half the rank": "",  # set in `ablations`, from the recipe's own
+    "no LoRA on MLPs": "adapter.rank_mlp=0",
+    "no image skip": "skip=false",
+    "no focal loss": "loss.weights=0,1,1",
+    "no Dice loss": "loss.weights=1,0,1",
+    "no boundary loss": "loss.weights=1,1,0",
+    "no deep supervision": "loss.scale_weights=0,0,0,0",
+    "with T1": "inputs.modalities=flair,t1",
+    "with neighbours": "inputs.context=1",
+    "no augmentation": "augment.rotation=0 augment.scale=0 augment.flips=false augment.flips_ap=false augment.rotate90=false augment.gamma=0 "
+                       "augment.noise=0 augment.brightness=0 augment.contrast=0 augment.bias_field=0",
+}
+TTA = "with TTA"  # the baseline's own weights, all views
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of notebook 07 a preset does: overrides of the recipe whose `cases` are made ("": those of the preset's run folder) and
+    of every cell (`each`); `methods`, `ranks` and `seeds` of the comparison; `ablations` and their seeds."""
+
+    cases: str = ""
+    each: str = ""
+    methods: tuple[str, ...] = (*PLAIN, *RANKED)
+    ranks: tuple[int, ...] = (8, 24, 64)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+
+
+PLANS = {
+    "colab": Plan(),
+    "demo": Plan("cohort.synthetic_cases=24", "training.epochs=3 training.warmup_epochs=0 training.restart_epochs=3 training.checkpoint_epochs=3", ranks=(4, 16)),
+    "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", ("none", "lora", "salt"), (2,), (0, 1),
+                  (BASELINE, "no image skip")),
+}
+
+
+def plan(preset: str) -> Plan:
+    """The plan of `preset`; RecipeError for one that has none."""
+    if preset not in PLANS:
+        raise RecipeError(f"notebook 07 has no preset {preset!r}: known are {', '.join(PLANS)}")
+    return PLANS[preset]
+
+
+def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:
+    """The overrides of each method, and of those with a rank at each of `ranks` on attention (half of it on the MLPs), by a name such as "lora 16"."""
+    named = {}
+    for method in methods:
+        chosen = "encoder.bits=4 adapter.method=lora" if method == "qlora" else f"adapter.method={method}"
+        if method in RANKED:
+            named |= {f"{method} {rank}": f"{chosen} adapter.rank_attention={rank} adapter.rank_mlp={max(1, rank // 2)}" for rank in ranks}
+        else:
+            named[method] = chosen
+    return named
+
+
+def ablations(recipe: Recipe, names: tuple[str, ...] = tuple(ABLATIONS)) -> dict[str, str]:
+    """The overrides of each of `names`."""
+    own = recipe.adapter
+    halved = {"half the rank": f"adapter.rank_attention={max(1, own.rank_attention // 2)} adapter.rank_mlp={max(1, own.rank_mlp // 2)}"}
+    return {name: (ABLATIONS | halved)[name] for name in names}
+
+
+def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder: str | Path, overrides: str = "", share: str = "1/1",
+          progress: bool = True) -> pd.DataFrame:
+    """Train and score the cells (system, seed) of the grid on the cases and split of `run`; what is finished is read, not done again.
+
+    `named` gives each system's overrides of the recipe of `run`, after `overrides`, those of all. A cell is a run folder of its own in
+    `folder`; one that was interrupted goes on. `share` "i/n" does every n-th cell from the i-th alone, so that n jobs share the grid; none
+    waits for another. Returns the scores of every cell there is so far, a row a test case: system, seed, case, site and the challenge's
+    five (one view at 0.5, nothing chosen; of the system "recipe" those of all views too, as "with TTA").
+    """
+    mine, jobs = _share(share)
+    grid = [(name, seed) for name in named for seed in seeds]
+    for name, seed in tqdm(grid[mine - 1 :: jobs], "cells", disable=not progress, mininterval=5):
+        place = cell(folder, name, seed)
+        if not (place.path / "scores.csv").exists():
+            place.open(run.recipe().with_overrides(f"{overrides} {named[name]} seed={seed}"))
+            for table in ("cohort_csv", "split_csv"):
+                write_table(read_table(getattr(run, table)), getattr(place, table))
+            fit(place, progress=False)
+            write_table(_scores(place, name, seed), place.path / "scores.csv")
+    return collect(named, seeds, folder)
+
+
+def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
+    """The run folder of a cell."""
+    return RunFolder(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_seed_{seed}")
+
+
+def collect(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
+    """The scores of the cells that are finished."""
+    places = [cell(folder, name, seed).path / "scores.csv" for name in named for seed in seeds]
+    found = [read_table(path) for path in places if path.exists()]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES])
+
+
+def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
+    engine, rows = WMHInferenceEngine.from_run(place), []
+    for row in place.cases().query("split == 'test'").itertuples():
+        case = load_case(row.flair, row.t1, row.mask, engine.recipe.inputs)
+        found = engine.predict(case, use_tta=name == BASELINE)
+        for system, prob in ((name, found.prob), *([(TTA, found.prob_tta)] if name == BASELINE else [])):
+            rows.append(dict(system=system, seed=seed, case=row.case, site=row.site) | challenge_scores(case.mask, prob >= 0.5, case.volume.spacing))
+    return pd.DataFrame(rows)
+
+
+def reference(named: dict[str, str]) -> str:
+    """The system that the others are tested against: LoRA at the highest rank, or the first where there is none."""
+    return next((name for name in reversed(named) if name.startswith("lora ")), next(iter(named)))
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    mine, jobs = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= mine <= jobs:
+        raise InputError(f"share {text!r} is impossible: expected i/n with i from 1 to n, such as 2/8 for the second of eight jobs")
+    return mine, jobs
+
+
+def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.DataFrame:
+    """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
+    network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
+    batch, all systems in turns in one run), `step_ratio` to the first system's and `peak_mb` of a fresh process in which one runs."""
+    rows, steps = {}, {}
+    for name, overrides in named.items():
+        own = recipe.with_overrides(overrides)
+        counts, network = budget(WMHNet(own)), WMHNet(own)
+        rows[name] = dict(trainable=counts["trainable"], adapter=counts["lora"], share_percent=counts["share_percent"],
+                          file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(step_memory(own, "ours").values()))
+        steps[name] = Step(own, "ours").run
+    spent = {name: float(np.median(times)) for name, times in alternate(steps, repetitions, warm=True)[0].items()}
+    first = next(iter(spent.values()), np.nan)
+    return pd.DataFrame([dict(system=name) | row | dict(step_s=spent[name], step_ratio=spent[name] / first) for name, row in rows.items()])
+
+
+def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:
+    """A row for each system: number of `seeds` and test cases (`n`), the mean of each score over cases and seeds with `<score>_low` and
+    `<score>_high`, the 95 % t interval over the seeds' means (NaN with one seed), and its `costs`."""
+    means = scores.groupby(["system", "seed"], sort=False)[list(SCORES)].mean()
+    rows = []
+    for system, part in means.groupby("system", sort=False):
+        row = dict(system=system, seeds=len(part), n=scores[scores.system == system].case.nunique())
+        half = scipy.stats.t.ppf(0.975, len(part) - 1) * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else part.iloc[0] * np.nan
+        for score, mean in part.mean().items():
+            row |= {score: mean, f"{score}_low": mean - half[score], f"{score}_high": mean + half[score]}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    return table if costs is None else table.merge(costs, on="system", how="left")
+
+
+def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
+    """Each system's mean score of each case over the seeds: a metrics table for `agreement.compare_systems`."""
+    return scores.groupby(["system", "case"], sort=False, as_index=False)[list(SCORES)].mean()
+
+
+def pareto(table: pd.DataFrame) -> pd.Series:
+    """Whether no system with as few or fewer trained parameters has a higher Dice."""
+    return pd.Series([not ((table.trainable <= row.trainable) & (table.dsc > row.dsc)).any() for row in table.itertuples()], table.index)
