@@ -32,11 +32,11 @@ ABLATIONS = {  # what each changes in the recipe
     "half the rank": "",  # set in `ablations`, from the recipe's own
     "no LoRA on MLPs": "adapter.rank_mlp=0",
     "no image skip": "skip=false",
-    "no focal loss": "loss.weights=0,1,1",
-    "no Dice loss": "loss.weights=1,0,1",
-    "no boundary loss": "loss.weights=1,1,0",
-    "no deep supervision": "loss.scale_weights=0,0,0,0",
-    "with T1": "inputs.modalities=flair,t1",
+    "no focal loss": "loss.weights=[0,1,1]",
+    "no Dice loss": "loss.weights=[1,0,1]",
+    "no boundary loss": "loss.weights=[1,1,0]",
+    "no deep supervision": "loss.scale_weights=[0,0,0,0]",
+    "with T1": "inputs.modalities=['flair','t1']",
     "with neighbours": "inputs.context=1",
     "no augmentation": "augment.rotation=0 augment.scale=0 augment.flips=false augment.flips_ap=false augment.rotate90=false augment.gamma=0 "
                        "augment.noise=0 augment.brightness=0 augment.contrast=0 augment.bias_field=0",

@@ -1,0 +1,124 @@
+"""The grid: every system gets the same, what is finished is read, jobs share it, and its tables say what the scores say."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from wmhlib import agreement, compare, report
+from wmhlib.bench import compared
+from wmhlib.errors import InputError, RecipeError
+from wmhlib.presets import preset
+from wmhlib.training import fit
+from wmhlib.workspace import RunFolder, read_table
+
+TINY = "training.epochs=1 training.warmup_epochs=0 training.slices=4"
+NAMED = {"none": "adapter.method=none", "lora 2": "adapter.rank_attention=2 adapter.rank_mlp=1"}
+
+
+def test_methods_with_a_rank_come_at_each_rank_and_the_others_once():
+    named = compare.systems(("none", "lora", "qlora", "salt"), (8, 24))
+    assert list(named) == ["none", "lora 8", "lora 24", "qlora 8", "qlora 24", "salt 8", "salt 24"]
+    recipe = preset("demo").with_overrides(named["qlora 24"])
+    assert (recipe.encoder.bits, recipe.adapter.method, recipe.adapter.rank_attention, recipe.adapter.rank_mlp) == (4, "lora", 24, 12)
+    assert compare.reference(named) == "lora 24" and compare.reference({"none": ""}) == "none"
+
+
+@pytest.mark.parametrize("name", [name for name in compare.PLANS])
+def test_every_system_and_ablation_of_a_plan_is_a_recipe_of_its_own(name):
+    plan, recipe = compare.plan(name), preset(name).with_overrides(compare.plan(name).each)
+    for named in (compare.systems(plan.methods, plan.ranks), compare.ablations(recipe, plan.ablations)):
+        recipes = [recipe.with_overrides(overrides) for overrides in named.values()]
+        assert len(set(map(repr, recipes))) == len(named)
+
+
+def test_a_preset_without_a_plan_is_an_error():
+    with pytest.raises(RecipeError, match="known are colab, demo, smoke"):
+        compare.plan("base")
+
+
+def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, tmp_path, monkeypatch):
+    run, trained = new_run("run"), []
+    monkeypatch.setattr(compare, "fit", lambda place, progress: trained.append((place.path.name, place.cases().split.tolist())) or fit(place, progress))
+    one = compare.train(run, NAMED, (0, 1), tmp_path, TINY, "1/3", progress=False)
+    assert [name for name, _ in trained] == ["none_seed_0", "lora_2_seed_1"] and one.groupby(["system", "seed"]).ngroups == 2
+    both = compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False)
+    assert len(trained) == 4 and all(sides == run.cases().split.tolist() for _, sides in trained)
+    assert both.groupby(["system", "seed"]).ngroups == 4 and both[list(compare.SCORES[:1])].notna().all(None)
+    pd.testing.assert_frame_equal(compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False), both)
+    assert len(trained) == 4
+    with pytest.raises(RecipeError, match="belongs to another recipe"):
+        (tmp_path / "none_seed_0" / "scores.csv").unlink()
+        compare.train(run, NAMED, (0,), tmp_path, TINY.replace("4", "5"), progress=False)
+
+
+def test_the_recipe_is_scored_with_every_view_too(new_run, tmp_path):
+    scores = compare.train(new_run("run"), {compare.BASELINE: ""}, (0,), tmp_path, TINY, progress=False)
+    assert scores.system.unique().tolist() == [compare.BASELINE, compare.TTA]
+
+
+@pytest.mark.parametrize("share", ["", "0/2", "3/2", "1/0", "a/b", "1/2/3"])
+def test_an_impossible_share_is_an_error(share, new_run, tmp_path):
+    with pytest.raises(InputError, match="expected i/n"):
+        compare.train(RunFolder(tmp_path), NAMED, (0,), tmp_path, share=share)
+
+
+@pytest.fixture
+def scores():
+    rng = np.random.default_rng(0)
+    rows = [dict(system=system, seed=seed, case=f"c{case}", site="A", dsc=base + 0.02 * seed + 0.01 * rng.random(), hd95=5.0, avd=10.0, recall=0.5, f1=0.6)
+            for system, base in (("none", 0.5), ("lora 8", 0.7), ("full", 0.69)) for seed in range(3) for case in range(8)]
+    return pd.DataFrame(rows)
+
+
+def test_the_interval_is_students_over_the_means_of_the_seeds(scores):
+    table = compare.summary(scores).set_index("system")
+    means = scores[scores.system == "full"].groupby("seed").dsc.mean()
+    half = 4.302652729911275 * means.std(ddof=1) / np.sqrt(3)
+    assert table.loc["full", "dsc_high"] - table.loc["full", "dsc"] == pytest.approx(half) and (table.n == 8).all() and (table.seeds == 3).all()
+    alone = compare.summary(scores[scores.seed == 0])
+    assert alone.dsc_low.isna().all() and alone.dsc.notna().all()
+
+
+def test_paired_tests_are_over_cases_on_the_mean_of_the_seeds(scores):
+    averaged = compare.over_seeds(scores)
+    assert len(averaged) == 24
+    table = agreement.compare_systems(averaged, "lora 8")
+    assert table.loc["none", "n"] == 8 and table.loc["none", "difference"] == pytest.approx(0.2, abs=0.01) and table.loc["none", "p"] < 0.01
+    assert report.paired_table(averaged, baseline="lora 8").index.name == "lora 8 against"
+
+
+def test_the_front_holds_what_no_leaner_system_beats():
+    table = pd.DataFrame(dict(system=list("abcd"), trainable=[1, 2, 3, 4], dsc=[0.5, 0.7, 0.6, 0.8], dsc_low=0.4, dsc_high=0.9))
+    assert compare.pareto(table).tolist() == [True, True, False, True]
+    labels = {text.get_text() for text in compared.pareto_figure(table).axes[0].texts}
+    assert labels == set("abcd")
+
+
+def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):
+    recipe = preset("smoke")
+    table = compare.costs(recipe, NAMED, 1).set_index("system")
+    assert table.loc["none", "adapter"] == 0 and table.loc["lora 2", "adapter"] > 0
+    assert table.loc["lora 2", "trainable"] - table.loc["none", "trainable"] == table.loc["lora 2", "adapter"]
+    assert table.step_ratio.iloc[0] == 1 and (table[["step_s", "peak_mb", "file_mb"]] > 0).all(None)
+    assert (table.share_percent < 100).all()
+
+
+def test_two_jobs_fill_a_grid_that_a_third_one_reports(tmp_path):
+    command = [sys.executable, "-m", "wmhlib.suite", "compare", "--preset", "smoke", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "grid")]
+    from wmhlib.minisam import prepare
+    prepare(RunFolder(tmp_path / "run"), preset("smoke", "cohort.synthetic_cases=6"))
+    jobs = [subprocess.Popen([*command, "--share", f"{i}/2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in (1, 2)]
+    for job in jobs:
+        assert job.wait(600) == 0, job.stdout.read()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("best.safetensors")}
+    assert len(before) == 10
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("best.safetensors")}
+    table = read_table(tmp_path / "grid" / "methods.csv")
+    assert table.system.tolist() == ["none", "lora 2", "salt 2"] and (table.seeds == 2).all()
+    for name in ("07_compare.html", "07_compare_1_of_2.html", "pareto.png", "tests.csv", "ablations.csv"):
+        assert (tmp_path / "grid" / name).exists(), name
