@@ -75,7 +75,8 @@ print(f"{len(named)} systems x {len(drawn)} seeds on {(run.cases().split == 'tra
 
 # %%
 scores = compare.train(run, named, drawn, out / "methods", each, share)
-table = compare.summary(scores, compare.costs(recipe.with_overrides(each), named))
+costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in scores.system.unique()})
+table = compare.summary(scores, costs)
 write_table(table, out / "methods.csv")
 compared.tell(compared.shown(table), compared.caption("methods", data, table))
 
@@ -89,7 +90,7 @@ compared.show(compared.pareto_figure(table), out, "pareto", compared.caption("pa
 # ## Paired tests
 
 # %%
-tests = report.paired_table(compare.over_seeds(scores), baseline=compare.reference(named))
+tests = report.paired_table(compare.over_seeds(scores), baseline=compare.reference(scores))
 write_table(tests.reset_index(), out / "tests.csv")
 compared.tell(tests, compared.caption("tests", data, table))
 

@@ -97,11 +97,13 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
 
     `named` gives each system's overrides of the recipe of `run`, after `overrides`, those of all. A cell is a run folder of its own in
     `folder`; one that was interrupted goes on. `share` "i/n" does every n-th cell from the i-th alone, so that n jobs share the grid; none
-    waits for another. Returns the scores of every cell there is so far, a row a test case: system, seed, case, site and the challenge's
+    waits for another (InputError where there are fewer cells than jobs). Returns the scores of every cell there is so far, a row a test case: system, seed, case, site and the challenge's
     five (one view at 0.5, nothing chosen; of the system "recipe" those of all views too, as "with TTA").
     """
     mine, jobs = _share(share)
     grid = [(name, seed) for name in named for seed in seeds]
+    if jobs > len(grid):
+        raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
     for name, seed in tqdm(grid[mine - 1 :: jobs], "cells", disable=not progress, mininterval=5):
         place = cell(folder, name, seed)
         if not (place.path / "scores.csv").exists():
@@ -121,8 +123,7 @@ def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
 def collect(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
     """The scores of the cells that are finished."""
     places = [cell(folder, name, seed).path / "scores.csv" for name in named for seed in seeds]
-    found = [read_table(path) for path in places if path.exists()]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES])
+    return pd.concat([read_table(path) for path in places if path.exists()], ignore_index=True)
 
 
 def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
@@ -135,9 +136,10 @@ def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def reference(named: dict[str, str]) -> str:
+def reference(scores: pd.DataFrame) -> str:
     """The system that the others are tested against: LoRA at the highest rank, or the first where there is none."""
-    return next((name for name in reversed(named) if name.startswith("lora ")), next(iter(named)))
+    names = scores.system.unique().tolist()
+    return next((name for name in reversed(names) if name.startswith("lora ")), names[0])
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -151,7 +153,7 @@ def _share(text: str) -> tuple[int, int]:
 def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.DataFrame:
     """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
     network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
-    batch, all systems in turns in one run), `step_ratio` to the first system's and `peak_mb` of a fresh process in which one runs."""
+    batch, all systems in turns in one run), `step_ratio` to that of LoRA (the lowest rank of it; NaN where there is none) and `peak_mb` of a fresh process in which one runs."""
     rows, steps = {}, {}
     for name, overrides in named.items():
         own = recipe.with_overrides(overrides)
@@ -160,8 +162,8 @@ def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.Dat
                           file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(step_memory(own, "ours").values()))
         steps[name] = Step(own, "ours").run
     spent = {name: float(np.median(times)) for name, times in alternate(steps, repetitions, warm=True)[0].items()}
-    first = next(iter(spent.values()), np.nan)
-    return pd.DataFrame([dict(system=name) | row | dict(step_s=spent[name], step_ratio=spent[name] / first) for name, row in rows.items()])
+    lora = next((seconds for name, seconds in spent.items() if name.startswith("lora ")), np.nan)
+    return pd.DataFrame([dict(system=name) | row | dict(step_s=spent[name], step_ratio=spent[name] / lora) for name, row in rows.items()])
 
 
 def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -44,7 +44,7 @@ CAPTIONS = {
     "methods":
         "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, nothing chosen. The same base, cases, "
         "budget and rate for all. Trained: adapter, decoder, channel adapter and skip; its share is of all parameters of the network, the frozen encoder "
-        "included and nothing besides. File: the weights a run leaves. Step: a batch, all systems in turns in one run, its ratio to the first row's; "
+        "included and nothing besides. File: the weights a run leaves. Step: a batch, all systems in turns in one run, its ratio to that of LoRA at the lowest rank; "
         "peak: the whole of a fresh process. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
     "pareto":
         "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and counted. Good: a point on the line, "
