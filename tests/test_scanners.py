@@ -18,7 +18,7 @@ def cases():
 
 
 def test_settings_know_the_kinds_there_are():
-    assert settings.SCANNERS == ("challenge", *scanners.KINDS, "mixed", "both") and sum(scanners._MIXED.values()) == pytest.approx(1)
+    assert settings.SCANNERS == ("challenge", *scanners.KINDS, "mixed") and sum(scanners._MIXED.values()) == pytest.approx(1)
 
 
 def test_the_same_seed_gives_the_same_scan_and_another_one_another_grid():
@@ -49,14 +49,6 @@ def test_slices_are_thick_and_thin_and_some_heads_are_stripped():
     steps = [nib.affines.voxel_sizes(case.affine)[2] for case in made]
     assert min(steps) < 4 < 5 < max(steps) <= 8.5
     assert 0 < sum(6 in case.tissue for case in made) < len(made)
-
-
-def test_sites_and_scanners_of_their_own_take_turns(tmp_path):
-    cases = phantom.write_cohort(tmp_path, 4, seed=3, scale=COARSE, progress=False, scanners="both")
-    assert sorted(cases.site) == ["Singapore", "Utrecht", "flair", "flair"]
-    alone = phantom.make_case("flair", phantom.stable_seed(3, "flair", 1), COARSE)
-    made = nib.load(cases[cases.site == "flair"].flair.iloc[1])
-    np.testing.assert_allclose(made.get_fdata(), alone.flair, atol=1e-3 * alone.flair.max())
 
 
 def test_a_cohort_carries_its_tissues_into_the_labels_of_its_slices(tmp_path):

@@ -58,7 +58,7 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
         cases = cohort.find_cases(download.get_cohort(run))
         checked = cases.merge(cohort.check_cases(cases, recipe.inputs), on=["case", "site"])
         write_table(checked, run.cohort_csv)
-        write_table(splits.split_cases(checked, recipe), run.split_csv)
+        write_table(splits.split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
     return run
 
 

@@ -16,7 +16,8 @@ from .atlas import template
 from .cohort import find_cases
 from .errors import InputError
 from .scan import SITES, Case, Scan
-from .scanners import KINDS, make_scan
+from .scanners import make_scan
+from .settings import SCANNERS
 from .workspace import stable_seed, write_atomic
 
 
@@ -26,18 +27,16 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
     `wmh.nii.gz`, and `ventricles.nii.gz` beside it. Returns the table of `cohort.find_cases`.
 
     `scanners`: "challenge" deals them over its three sites, another of `settings.SCANNERS` makes each in a scanner of its own: no T1 then, but
-    `tissue.nii.gz`; "both" takes turns between the sites and "flair". The same seed gives the same files, and a case does not depend on how
-    many others there are. `scale` coarsens the in-plane voxels. Raises InputError for fewer than one case.
+    `tissue.nii.gz`. The same seed gives the same files, and a case does not depend on how many others there are. `scale`
+    coarsens the in-plane voxels. Raises InputError for fewer than one case.
     """
     if cases < 1:
         raise InputError(f"a cohort of {cases} cases was asked for: expected at least 1")
-    decks = {"challenge": [list(SITES)], "both": [list(SITES), ["flair"]]}.get(scanners, [[scanners]])
-    threads = torch.get_num_threads()
+    names, threads = list(SITES) if scanners == "challenge" else [scanners], torch.get_num_threads()
     template()
 
     def write(number: int) -> None:
-        deck, turn = decks[number % len(decks)], number // len(decks)
-        site, index = deck[turn % len(deck)], turn // len(deck)
+        site, index = names[number % len(names)], number // len(names)
         case = make_case(site, stable_seed(seed, site, index), scale)
         place = Path(folder) / "training" / (SITES[site].path if site in SITES else site) / str(index)
         for name, data in (("pre/FLAIR", case.flair), ("pre/T1", case.t1), ("wmh", case.mask), ("ventricles", case.ventricles),
@@ -59,9 +58,9 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
 
 
 def make_case(site: str, seed: int, scale: float = 1.0) -> Case:
-    """One case of `site` ("Utrecht", "Singapore", "GE3T", one of `scanners.KINDS` or "mixed"); `scale` coarsens the in-plane voxels. The result
+    """One case of `site` ("Utrecht", "Singapore", "GE3T" or one of `settings.SCANNERS`); `scale` coarsens the in-plane voxels. The result
     depends on the three arguments alone."""
-    known = (*SITES, *KINDS, "mixed")
-    if site not in known or not 1 <= scale <= 4:
-        raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join(known)}, at a scale of 1 to 4")
+    if site not in (*SITES, *SCANNERS[1:]) or not 1 <= scale <= 4:
+        raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join((*SITES, *SCANNERS[1:]))}, "
+                         "at a scale of 1 to 4")
     return Scan(SITES[site], seed, scale).acquire() if site in SITES else make_scan(site, seed, scale)

