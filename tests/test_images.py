@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from wmhlib import (
+    album,
     charts,
     cohort,
+    derivatives,
     download,
     evaluation,
     figures,
@@ -20,7 +23,9 @@ from wmhlib import (
     report,
     search,
     splits,
+    suite,
     training,
+    vessels,
     viewer,
     volumes,
     wording,
@@ -183,7 +188,7 @@ def test_a_lossy_mask_is_cut_in_the_middle_and_one_of_ones_is_one(tmp_path):
 
 
 def test_words_of_scans_become_words_of_images():
-    assert wording.of_images("Lesion volume (mL), HD95 (mm), < 14 mm3; FLAIR z-score") == "Marked area (kpx), HD95 (px), < 14 px; Image z-score"
+    assert wording.of_images("Lesion volume (mL), HD95 (mm), < 14 mm3; FLAIR z-score") == "Marked area (kpx), HD95 (px), < 14 px; image z-score"
     assert wording.of_images("lesions of case lesion-3, scan_1") == "objects of case lesion-3, scan_1"
 
 
@@ -241,7 +246,41 @@ def test_the_report_on_images_speaks_of_pixels(image_run, capsys):
     texts = [story.paragraph(), story.limits(), story.card().to_string(), *(report.caption(name, data, 1) for name in shown)]
     assert not re.search(r"\b(mm[3³]?|mL|FLAIR|skull|ventricles|lesions?)\b", " ".join(texts)), texts
     page = viewer.viewer(viewer.case_files(evaluation.result_files(run, evaluation.best_median_worst(results.gallery))))
+    assert "T1" not in texts[0] and "label 2" not in texts[0] and "red, green, blue of an image" in texts[0]
     assert '"scan":false' in page and "z = 0 mm" not in page
+
+
+def test_a_folder_of_images_is_segmented_and_a_bad_one_is_named(image_run, tmp_path, capsys):
+    arguments = ["predict", "--run", str(image_run.path), "--out", str(tmp_path / "out"), "--flair"]
+    assert suite.main([*arguments, str(image_run.path / "data")]) == 0
+    table = read_table(tmp_path / "out/images.csv")
+    assert len(table) == 5 and table.status.eq("done").all()
+    for path, pixels in zip(table.image, table.pixels):
+        mask, prob = (np.asarray(Image.open(tmp_path / f"out/{Path(path).stem}_{kind}.png")) for kind in ("mask", "probability"))
+        assert mask.shape == prob.shape == Image.open(path).size[::-1] and (mask > 0).sum() == pixels
+    save(tmp_path / "photos/good.jpg", photograph(), format="JPEG")
+    write_atomic(tmp_path / "photos/bad.png", b"no image")
+    assert suite.main([*arguments, str(tmp_path / "photos")]) == 1
+    assert "1 of 2 images failed" in capsys.readouterr().err and (tmp_path / "out/good_mask.png").exists()
+    for place, out, message in (("photos", "photos", "choose a folder"), ("nothing", "out", "holds no image")):
+        with pytest.raises(InputError, match=message):
+            album.segment_images(None, tmp_path / place, tmp_path / out)
+    save(tmp_path / "photos/good.bmp", photograph(), format="BMP")
+    with pytest.raises(InputError, match="results of one name"):
+        album.segment_images(None, tmp_path / "photos", tmp_path / "out")
+
+
+def test_weights_for_images_are_not_run_on_scans(image_run, tmp_path):
+    with pytest.raises(InputError, match="for images, not for scans"):
+        derivatives.predict_scans(WMHInferenceEngine.from_run(image_run), derivatives.find("FLAIR.nii.gz"), tmp_path)
+
+
+def test_other_images_are_evaluated_and_known_ones_refused(image_run, tmp_path):
+    vessels.write_images(tmp_path / "other", 2, 7, 56, progress=False)
+    folder = download.open_evaluation(image_run, str(tmp_path / "other"), str(tmp_path / "out"))
+    assert folder.cases().split.tolist() == ["test", "test"]
+    with pytest.raises(InputError, match="were used to train"):
+        download.open_evaluation(image_run, str(image_run.path / "data"), str(tmp_path / "again"))
 
 
 def test_the_same_images_train_the_same_weights(image_run, tmp_path):

@@ -150,7 +150,7 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs) -> dict:
         notes = _t1_notes(row.get("t1", ""), flair) + _mask_notes(case, voxels, lesion_ml, inputs)
         notes += _ventricle_notes(row.get("ventricles", ""), case) + _geometry_notes(flair)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
-            "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": _codes(flair),
+            "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
             "labels": ", ".join(f"{label}: {n}" for label, n in voxels.items()), "lesion_ml": lesion_ml,
             "warnings": "; ".join(notes)}
 

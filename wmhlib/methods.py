@@ -23,6 +23,8 @@ _PROTOCOLS = {
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
 
+_SUBJECTS = "; all scans of a subject stayed on one side"
+_IGNORED = "; other pathology (label 2) was ignored"
 _ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeCarli et al. 2005). "
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
@@ -90,7 +92,7 @@ class Story:
     def paragraph(self) -> str:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
-        parts = self.trained_on.split.value_counts()
+        parts, images = self.trained_on.split.value_counts(), recipe.inputs.images
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
@@ -99,30 +101,30 @@ class Story:
             f"varied in {', '.join(varied).replace('_', ' ')}"] * bool(varied)
         text = (
             f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
-            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed}); "
-            f"all scans of a subject stayed on one side. Input was {_inputs(recipe)}{_normalised(recipe)} was resized to {recipe.inputs.img_size} x "
+            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
+            f"{_SUBJECTS * (not images)}. Input was {_inputs(recipe)}{_normalised(recipe)} was resized to {recipe.inputs.img_size} x "
             f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
             f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), frozen, with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
             f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
-            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales; other pathology (label 2) was ignored. "
+            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales{_IGNORED * (not images)}. "
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} slices, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, on all slices with lesions and {100 * training.train_negatives:g} % of the others"
             f"{', ' + ', '.join(moves) if moves else ''}"
-            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if len(recipe.inputs.modalities) > 1 else ''}. "
+            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities else ''}. "
             f"The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on validation slices was best. On the {point['n']} validation cases the operating point was taken from the "
             f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
-            "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
+            f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
             "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). "
-            f"{_ZONES * (not recipe.inputs.images)}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            f"{_ZONES * (not images)}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
-        return of_images(text) if recipe.inputs.images else text
+        return of_images(text) if images else text
 
     def limits(self) -> str:
         """What the figures do not show, as a Markdown list."""
@@ -171,7 +173,7 @@ def _normalised(recipe: Recipe) -> str:
 
 def _inputs(recipe: Recipe) -> str:
     if recipe.inputs.images:
-        return f"images ({', '.join(recipe.inputs.modalities)})"
+        return f"{', '.join(recipe.inputs.modalities)} of an image"
     names = {"flair": "FLAIR", "t1": "T1"}
     context = recipe.inputs.context
     return " and ".join(names[m] for m in recipe.inputs.modalities) + " in axial slices" + (

@@ -106,12 +106,12 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
-    """Displays `table` with its caption, in the words of images where `data` are some; nothing where it has no row."""
+    """Displays `table` with its caption, in the words of images where `data` are some."""
     from IPython.display import Markdown, display
 
-    if table.empty:
-        return
     if _of_images(data):
+        if table.empty:  # the zones around ventricles, which images do not have
+            return
         named = table.index if table.index.name == "case" else table.index.map(of_images)
         table = table.set_axis(named.rename(of_images(table.index.name or "")), axis=0).rename(columns=of_images)
     display(table, Markdown(caption(name, data, n)))

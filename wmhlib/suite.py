@@ -57,7 +57,10 @@ def report(run: RunFolder, data: str = "", out: str = "") -> Path:
 
 def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     """Notebook 06 on scans (`derivatives.find`) with the weights of `run`: BIDS derivatives in `out` ("": the derivatives of
-    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed."""
+    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed. With weights for images: `album.segment_images`, and
+    its table ("": images beside the derivatives)."""
+    if run.recipe().inputs.images:
+        return _predict_images(run, flair, out or run.results / "images")
     folder = Path(out).expanduser() if out else run.results / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
@@ -69,6 +72,17 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     if failed:
         raise InputError(f"{failed} of {len(scans)} scans failed, the others are done: {folder / bids.INDEX} says why")
     return page
+
+
+def _predict_images(run: RunFolder, place: str, out: str | Path) -> Path:
+    from .album import TABLE, segment_images  # imports torch, as above
+    from .engine import WMHInferenceEngine
+
+    table = segment_images(WMHInferenceEngine.from_run(run), place, out)
+    failed = table[table.status == "failed"]
+    if len(failed):
+        raise InputError(f"{len(failed)} of {len(table)} images failed, the others are done; the first: {failed.reason.iloc[0]}")
+    return Path(out).expanduser() / TABLE
 
 
 def benchmark(run: RunFolder, out: str = "") -> Path:

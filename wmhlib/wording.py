@@ -18,7 +18,7 @@ def of_images(text: str) -> str:
     Parts of longer names, as of cases, stay."""
     def word(found: re.Match) -> str:
         new = _OF_IMAGES[found[1].lower()] + found[2]
-        return new.capitalize() if found[1][0].isupper() else new
+        return new.capitalize() if found[1][0].isupper() and not found[1].isupper() else new
 
     return _WORDS.sub(word, text)
 
