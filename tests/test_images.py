@@ -31,6 +31,7 @@ from wmhlib import (
     wording,
 )
 from wmhlib.adapters import budget
+from wmhlib.batches import drop_modalities
 from wmhlib.canvas import from_canvas
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import InputError, RecipeError
@@ -107,6 +108,7 @@ def test_a_set_that_leaves_something_open_is_refused(image_set, change, message)
     (lambda folder: write_atomic(folder / "images/b.png", (folder / "images/b.png").read_bytes()[:900]), "images/b.png is no PNG"),
     (lambda folder: save(folder / "masks/b.png", np.arange(45 * 70, dtype=np.uint8).reshape(45, 70) % 3), "masks/b.png holds 3 values from 0 to 2"),
     (lambda folder: save(folder / "images/b.png", np.full((45, 70), 7, np.uint8)), "images/b.png is constant"),
+    (lambda folder: save(folder / "images/b.png", np.pad(np.full((41, 66), 99, np.uint8), 2)), "images/b.png shows one value in all of its 2706 pixels"),
     (lambda folder: save(folder / "images/b.png", photograph(seed=0)), "holds the same scan as case a")])
 def test_an_image_that_cannot_be_used_is_named(image_set, change, message):
     folder = image_set()
@@ -124,6 +126,12 @@ def test_scans_and_images_are_not_taken_for_each_other(image_set, tiny_nifti):
                       "cohort.scanners=vessels cohort.synthetic_cases=2", "inputs.modalities=[]"):
         with pytest.raises(RecipeError):
             presets.preset("colab", overrides)
+
+
+def test_full_size_recipes_take_images_and_no_colour_is_left_out():
+    recipe = presets.preset("colab", "inputs.modalities=['red','green','blue'] split.protocol=given operating.sizes_mm3=[]")
+    batch = torch.ones(50, recipe.inputs.channels, 2, 2)
+    assert recipe.inputs.images and recipe.inputs.channels == 3 and drop_modalities(batch, recipe.inputs, torch.Generator()) is batch
 
 
 def test_data_without_a_whole_split_are_not_split(image_set):
@@ -163,6 +171,21 @@ def test_grey_colour_and_sixteen_bits_of_one_picture_are_one(tmp_path):
     loaded = [volumes.load_case(save(tmp_path / name, data, format={"png": "PNG", "bmp": "BMP", "tif": "TIFF"}[name[2:]]), inputs=RGB).images
               for name, data in formats.items()]
     assert all(np.allclose(one, loaded[0], atol=1e-4) for one in loaded[1:]) and np.array_equal(loaded[0][0], loaded[0][2])
+
+
+def test_a_channel_is_one_of_the_colours_or_their_mean(tmp_path):
+    path = save(tmp_path / "a.png", photograph())
+    colours = volumes.load_case(path, inputs=RGB).images
+    green, grey = (volumes.load_case(path, inputs=Inputs(modalities=(name,))).images for name in ("green", "grey"))
+    assert np.array_equal(green[0], colours[1]) and np.corrcoef(grey.ravel(), colours.mean(0).ravel())[0, 1] > 0.999
+    assert grey.std() == pytest.approx(1, rel=0.01)
+
+
+def test_a_stack_of_pages_is_no_image(tmp_path):
+    pages = [Image.fromarray(photograph(seed=seed)) for seed in range(2)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match="stack.tif holds 2 images"):
+        images.read(tmp_path / "stack.tif")
 
 
 def test_normalisation_forgives_exposure_and_leaves_the_dark_surround_out(tmp_path):

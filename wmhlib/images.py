@@ -66,7 +66,7 @@ def candidates(place: str | Path) -> list[dict]:
         case = layouts.clean(stem)
         rows.append(layouts.candidate(case, case, place.name, group=_GROUPS.get(part.lower(), ""), flair=found, mask=mask))
     if problems or not rows:
-        raise InputError(f"{table} has {len(problems)} wrong rows of {len(rows)}:{layouts.listed(problems or ['it names no image'])}")
+        raise InputError(f"{table} " + (f"has {len(problems)} wrong rows:{layouts.listed(problems)}" if rows else "names no image"))
     return rows
 
 
@@ -102,13 +102,12 @@ def field(grey: np.ndarray) -> np.ndarray:
 def normalise(pixels: np.ndarray, inner: np.ndarray, channels: tuple[str, ...], path: str | Path = "the image") -> np.ndarray:
     """H x W x 3 -> float32 of each of `channels` ("grey", the mean of the others, "red", "green", "blue"), M x H x W: minus its median in
     `inner`, over the standard deviation there of the grey image. One scale for all keeps a channel that shows little (blue, in a photograph of
-    a retina) from being nothing but its noise. Raises InputError where that deviation is 0."""
+    a retina) from being nothing but its noise. Raises InputError where that image is constant."""
     grey = pixels.mean(-1)
-    scale = float(grey[inner].std())
-    if scale == 0:
+    if np.ptp(grey[inner]) == 0:
         raise InputError(f"{path} shows one value in all of its {np.count_nonzero(inner)} pixels that are not dark: expected an image, not a mask")
     planes = dict(zip(("red", "green", "blue", "grey"), (*np.moveaxis(pixels, -1, 0), grey)))
-    return np.stack([(planes[name] - np.median(planes[name][inner])) / scale for name in channels]).astype(np.float32)
+    return np.stack([(planes[name] - np.median(planes[name][inner])) / grey[inner].std() for name in channels]).astype(np.float32)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -129,6 +128,8 @@ def _values(path: str | Path, mode: str) -> np.ndarray:
         with Image.open(path, formats=_FORMATS) as file:
             if file.width * file.height > _MOST_PIXELS:
                 raise InputError(f"{path} has {file.width} x {file.height} pixels: expected {_MOST_PIXELS} at most; make it smaller, and its mask")
+            if file.format == "TIFF" and file.n_frames > 1:
+                raise InputError(f"{path} holds {file.n_frames} images: expected one; export each to a file of its own")
             upright = ImageOps.exif_transpose(file)
         return np.asarray(upright if upright.mode.startswith(("I", "F")) else upright.convert(mode), np.float32)
     except InputError:

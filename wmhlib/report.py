@@ -265,4 +265,4 @@ def caption(name: str, data: str, n: int = 1) -> str:
 
 def _of_images(data: str) -> bool:
     """Whether `cohort.describe` says so."""
-    return data.endswith("images")
+    return data in ("images", "synthetic images")

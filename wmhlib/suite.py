@@ -75,7 +75,7 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
 
 
 def _predict_images(run: RunFolder, place: str, out: str | Path) -> Path:
-    from .album import TABLE, segment_images  # imports torch, as above
+    from .album import TABLE, segment_images  # imports torch, which nothing else here needs
     from .engine import WMHInferenceEngine
 
     table = segment_images(WMHInferenceEngine.from_run(run), place, out)
