@@ -29,7 +29,7 @@ report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
-predict: .venv/installed  ## notebook 06 on scans: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets)
+predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets)
 	$(SUITE) predict --run "$$RUN" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path

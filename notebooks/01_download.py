@@ -19,7 +19,8 @@
 # # 1 · Data and recipe
 #
 # Opens a run folder, brings in the cases and checks every one of them.
-# The demo preset makes its own synthetic cohort; your scans, the Kaggle mirror or DataverseNL serve the others.
+# The demo preset makes its own synthetic cohort; your scans, the Kaggle mirror or DataverseNL serve the others. The preset `vessels` takes
+# images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`.
 #
 # Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false"`.
 #
@@ -42,9 +43,9 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
-data_dir: str = ""  # your cases: a folder (challenge, Kaggle or BIDS layout) or a CSV table; or where a download goes; empty: <run folder>/data
+data_dir: str = ""  # your cases: a folder (challenge, Kaggle or BIDS layout, or images with masks) or a CSV table; or where a download goes; empty: <run folder>/data
 source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic
 medsam: str = ""  # weights of the encoder: empty for the recipe's own, zenodo to fetch MedSAM, or a checkpoint file
 seed: int = 42  # of everything random
@@ -78,7 +79,7 @@ write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
 checks.drop(columns="digest")
 
 # %% [markdown]
-# One case of each site, as radiologists look at it. A look at this page finds what no check does.
+# One case of each site, as radiologists look at it, or some of the images. A look at this page finds what no check does.
 
 # %%
 shown = cohort.examples(cases)

@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]
@@ -57,7 +57,7 @@ cases = read_table(run.need(run.cohort_csv, "01_download"))
 # %% [markdown]
 # Subjects are dealt, so all scans of one stay together. The setting `split.protocol` of notebook 01 says how: `stratified` draws
 # from every site, evenly over its lesion burden; `challenge`, `leave-one-site-out` and `k-fold` say who is tested, and only the
-# validation subjects are drawn so.
+# validation subjects are drawn so; `given` draws nothing and takes the split that a set of images brings.
 
 # %%
 split = splits.split_cases(cases, recipe)

@@ -20,6 +20,7 @@
 #
 # Scores test cases, or other labelled cases, with the metrics of the WMH Segmentation Challenge, beside three other systems,
 # each mean with its 95 % interval; says how well volumes agree, where the method fails, and when it knows.
+# Of images that are no scans what is marked stands for lesions, pixels (px) for mm, and thousands of them (kpx) for mL.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -40,7 +41,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
 out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>

@@ -18,7 +18,7 @@ def cases():
 
 
 def test_settings_know_the_kinds_there_are():
-    assert settings.SCANNERS == ("challenge", *scanners.KINDS, "mixed") and sum(scanners._MIXED.values()) == pytest.approx(1)
+    assert settings.SCANNERS == ("challenge", *scanners.KINDS, "mixed", "vessels") and sum(scanners._MIXED.values()) == pytest.approx(1)
 
 
 def test_the_same_seed_gives_the_same_scan_and_another_one_another_grid():

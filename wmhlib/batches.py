@@ -90,7 +90,7 @@ def augment(images: Tensor, labels: Tensor, settings: Augment, generator: torch.
 
 def drop_modalities(images: Tensor, inputs: Inputs, generator: torch.Generator) -> Tensor:
     """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices."""
-    if len(inputs.modalities) == 1:
+    if "t1" not in inputs.modalities:
         return images
     keep = torch.rand(len(images), 1, 1, 1, generator=generator) >= inputs.modality_dropout
     first = inputs.channels // len(inputs.modalities)

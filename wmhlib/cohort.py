@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import layouts, volumes
+from . import images, layouts, volumes
 from .errors import InputError
 from .settings import Inputs
 from .workspace import natural
@@ -26,14 +26,14 @@ _SHARED = 0.1  # of the lesion that may lie in the ventricle mask, since borders
 
 
 def find_cases(place: str | Path) -> pd.DataFrame:
-    """The labelled cases at `place` (any layout of `layouts.candidates`), one row each, ordered by site and case.
+    """The labelled cases at `place` (any layout of `layouts.candidates`, or images of `images.candidates`), one row each, ordered by site and case.
 
     Columns, all text: case (unique), subject (who was scanned: `sub-*` in BIDS, the case itself in the challenge, as given in
     a table), site (the folder above the case; in BIDS the participant's site, or the dataset's name), flair, t1, mask and
-    ventricles (absolute paths, "" if none), group ("training", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
+    ventricles (absolute paths, "" if none; flair is the image where it is one), group ("training", "val", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
     Raises InputError, with every case it concerns, for no labelled case, two files for one role, two cases of one name or file.
     """
-    cases = _resolved(layouts.candidates(place, labelled=True), _FILES, place)
+    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, labelled=True), _FILES, place)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
         more = " ..." if len(unlabelled) > 3 else ""
@@ -92,22 +92,27 @@ def load_ventricles(path: str, like: volumes.Volume) -> np.ndarray | None:
 
 
 def examples(cases: pd.DataFrame) -> list[dict]:
-    """The first case of each site (of eight sites at most), read for `figures.cohort_figure`: case, site, flair, affine, reference (0, 1, 2)."""
-    loaded = [(row, volumes.load_volume(row["flair"])) for row in cases.groupby("site").head(1).head(8).to_dict("records")]
+    """The first case of each site (of eight sites at most), or the first eight images, read for `figures.cohort_figure`: case, site, flair,
+    affine, reference (0, 1, 2), image (whether it is one)."""
+    shown = cases if cases["flair"].map(images.is_image).all() else cases.groupby("site").head(1)
+    loaded = [(row, volumes.load_volume(row["flair"])) for row in shown.head(8).to_dict("records")]
     return [{"case": row["case"], "site": row["site"], "flair": flair.data, "affine": flair.affine,
-             "reference": volumes.load_mask(row["mask"], like=flair)} for row, flair in loaded]
+             "reference": volumes.load_mask(row["mask"], like=flair), "image": images.is_image(row["flair"])} for row, flair in loaded]
 
 
 def describe(cases: pd.DataFrame) -> str:
-    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both."""
-    return {("synthetic",): "synthetic cases", ("real",): "real scans"}.get(tuple(cases["origin"].unique()), "real and synthetic cases")
+    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both; of images "synthetic images" or "images"."""
+    origins = tuple(cases["origin"].unique())
+    if cases["flair"].map(images.is_image).all():
+        return "synthetic images" if origins == ("synthetic",) else "images"
+    return {("synthetic",): "synthetic cases", ("real",): "real scans"}.get(origins, "real and synthetic cases")
 
 
 def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path) -> pd.DataFrame:
     """The candidates as a table, one file for each role; raises InputError where that cannot be."""
     if not rows:
         raise InputError(f"no FLAIR scans in {place}: expected <site>/<id>/pre/FLAIR.nii.gz, BIDS (sub-*/anat/*_FLAIR.nii.gz), "
-                         "a table cases.csv, or NIfTI files with FLAIR in their names")
+                         "a table cases.csv, or NIfTI files with FLAIR in their names; of images the folders images and masks with data_split.csv")
     rows = sorted(rows, key=lambda row: (row["site"], natural(row["case"])))
     problems = [f"{row['case']} has more than one candidate for its {role}: {', '.join(map(str, row[role]))}"
                 for row in rows for role in roles if len(row[role]) > 1]
@@ -139,10 +144,13 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs) -> dict:
     flair = case.volume
     voxels = {label: count for label in range(3) if (count := int(np.count_nonzero(case.mask == label)))}
     lesion_ml = voxels.get(1, 0) * float(np.prod(flair.spacing)) / 1000
-    notes = _t1_notes(row.get("t1", ""), flair) + _mask_notes(case, voxels, lesion_ml, inputs)
-    notes += _ventricle_notes(row.get("ventricles", ""), case) + _geometry_notes(flair)
+    if inputs.images:
+        notes = [] if voxels.get(1) else ["nothing is marked"]
+    else:
+        notes = _t1_notes(row.get("t1", ""), flair) + _mask_notes(case, voxels, lesion_ml, inputs)
+        notes += _ventricle_notes(row.get("ventricles", ""), case) + _geometry_notes(flair)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
-            "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": _codes(flair),
+            "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
             "labels": ", ".join(f"{label}: {n}" for label, n in voxels.items()), "lesion_ml": lesion_ml,
             "warnings": "; ".join(notes)}
 

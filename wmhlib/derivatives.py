@@ -84,6 +84,8 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
     """
     if scans.empty:
         raise InputError("no scan is given: expected one FLAIR or more")
+    if engine.recipe.inputs.images:
+        raise InputError("these weights are for images, not for scans: wmhlib.album segments those (make predict FLAIR=folder RUN=... calls it)")
     out = Path(os.path.abspath(Path(out).expanduser()))
     scans = scans.assign(flair=[os.path.abspath(path) for path in scans["flair"]]).drop_duplicates("flair").fillna("")
     for flair in map(Path, scans["flair"]):

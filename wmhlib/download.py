@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from . import archives, fetch, medsam, phantom
+from . import archives, fetch, medsam, phantom, vessels
 from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .errors import InputError, RecipeError
 from .settings import Recipe
@@ -224,5 +224,8 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
         raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
                          "empty folder, or source to 'folder' to use what is there")
     write_atomic(note, "{}")
-    phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"], scanners=wanted["scanners"])
+    if wanted["scanners"] == "vessels":
+        vessels.write_images(folder, wanted["cases"], wanted["seed"], round(224 / wanted["scale"]))
+    else:
+        phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"], scanners=wanted["scanners"])
     write_atomic(note, json.dumps(wanted))

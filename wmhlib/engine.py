@@ -131,10 +131,11 @@ class WMHInferenceEngine:
         for row in tqdm(rows.itertuples(), f"predicting {split} cases", len(rows), disable=not progress, mininterval=10):
             case = load_case(row.flair, row.t1, row.mask, self.recipe.inputs)
             prediction = self.predict(case)
+            contrast = np.abs(case.images.mean(0)) if self.recipe.inputs.images else case.images[0]  # vessels may be dark or bright
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
-                   "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": case.images[0],
+                   "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast,
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,
-                   "ventricles": load_ventricles(row.ventricles, case.volume), "grid": case.grid}
+                   "ventricles": load_ventricles(row.ventricles, case.volume), "grid": case.grid, "image": self.recipe.inputs.images}
 
 
 def plain_dice(row, segment: Callable[[Case], np.ndarray], inputs: Inputs) -> float:

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from .agreement import BINS
 from .errors import InputError, WMHError
+from .images import is_image
 from .metrics import (
     bounding_box,
     challenge_scores,
@@ -39,6 +40,7 @@ TABLES = {
     "uncertainty": ("case", "site", "dsc", "entropy", "uncertainty", "unsure"),
 }
 PERIVENTRICULAR_MM = 10.0
+_RESULTS = ("_wmh.nii.gz", "_mask.png")  # endings of a scan's mask and of an image's
 _POINT = ("threshold", "min_voxels", "tta", "zscore_threshold", "unsure_above", "poor_below")
 
 
@@ -184,25 +186,26 @@ def _calibration(case: dict, prob: np.ndarray) -> list[dict]:
 
 def save_masks(cases: Iterable[dict], point: dict, folder: str | Path) -> Iterator[dict]:
     """The cases, each passed on once its mask at the operating point lies in `folder` as <case>_wmh.nii.gz: uint8, with
-    the affine and header of its `volume`. At the end masks of other cases, left by an earlier evaluation, are removed."""
+    the affine and header of its `volume`; of an image as <case>_mask.png, 0 and 255. At the end masks of other cases, left by an earlier evaluation, are removed."""
     kept = set()
     for case in cases:
-        kept.add(_result(folder, case["case"]))
-        save_like(_mask_at(case, point).astype(np.uint8), case["volume"], _result(folder, case["case"]))
+        path = _result(folder, case["case"], case["volume"].path)
+        kept.add(path)
+        save_like(_mask_at(case, point).astype(np.uint8), case["volume"], path)
         yield case
-    for old in set(Path(folder).glob(_result("", "*").name)) - kept:
+    for old in {path for ending in _RESULTS for path in Path(folder).glob(f"*{ending}")} - kept:
         old.unlink()
 
 
-def _result(folder: str | Path, case: str) -> Path:
-    return Path(folder, f"{case}_wmh.nii.gz")
+def _result(folder: str | Path, case: str, source: str | Path) -> Path:
+    return Path(folder, case + _RESULTS[is_image(source)])
 
 
 def result_files(run: RunFolder, gallery: list[dict]) -> pd.DataFrame:
     """The files of the gallery's cases, for `viewer.case_files`: case, site, dsc and the paths flair, mask, result."""
     cases = run.cases().set_index("case")
     return pd.DataFrame([{"case": row["case"], "site": row["site"], "dsc": row["dsc"], **cases.loc[row["case"], ["flair", "mask"]],
-                          "result": _result(run.predictions, row["case"])} for row in gallery])
+                          "result": _result(run.predictions, row["case"], cases.loc[row["case"], "flair"])} for row in gallery])
 
 
 def score_files(flair: str | Path, reference: str | Path, result: str | Path) -> dict[str, float]:
@@ -215,14 +218,14 @@ def score_files(flair: str | Path, reference: str | Path, result: str | Path) ->
 
 def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
     """The slice of a case with most lesion, of reference or result, cropped to the head: `case`, `site`, `dsc`, 2-D `flair`,
-    `reference`, `result` and `entropy` (bits, of `prob_tta`) as shown, `spacing` (mm, rows and columns), `z_mm`. Small, so that one
+    `reference`, `result` and `entropy` (bits, of `prob_tta`) as shown, `spacing` (mm, rows and columns), `z_mm` (None of an `image`). Small, so that one
     can be kept of every case."""
     (flair, reference, result, prob), spacing = to_display(case["affine"], case["flair"], case["reference"], result, case["prob_tta"])
     z = _fullest(reference_parts(reference)[0] | result)
     box = head_box(flair[..., z])
     flair, reference, result, prob = (volume[..., z][box].copy() for volume in (flair, reference, result, prob))
     return dict(case=case["case"], site=case["site"], dsc=float(dsc), flair=flair, reference=reference, result=result, entropy=entropy(prob),
-                spacing=tuple(spacing[:2]), z_mm=height_mm(case["affine"], case["flair"].shape, z))
+                spacing=tuple(spacing[:2]), z_mm=None if case.get("image") else height_mm(case["affine"], case["flair"].shape, z))
 
 
 def best_median_worst(gallery: list[dict]) -> list[dict]:

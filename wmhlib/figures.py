@@ -135,8 +135,8 @@ def _cells(ax, inside: np.ndarray) -> None:
 def predictions_figure(rows: list[dict]) -> Figure:
     """A slice of each case: FLAIR whole, then ground truth, prediction, error map and entropy enlarged where lesions or
     alarms are (the frame in the FLAIR). `rows` are gallery rows: `case`, `dsc`, 2-D `flair`, `reference`, `result`, `entropy` as shown,
-    `spacing` (mm, rows and columns), `z_mm`; and, named if there, `rank`, `reference_ml`, `result_ml`. Raises InputError
-    where there is none."""
+    `spacing` (mm, rows and columns), `z_mm` (None of an image, which has no sides either); and, named if there, `rank`, `reference_ml`,
+    `result_ml`. Raises InputError where there is none."""
     if not rows:
         raise InputError("no predictions to show: expected at least one case")
     heights = [row["flair"].shape[0] * row["spacing"][0] / (row["flair"].shape[1] * row["spacing"][1]) for row in rows]
@@ -153,9 +153,11 @@ def predictions_figure(rows: list[dict]) -> Figure:
             line[3].imshow(mask_colour(part, colour), aspect=line[3].get_aspect(), interpolation="nearest")
         line[4].imshow(row["entropy"], cmap="inferno", vmin=0, vmax=1, alpha=np.clip(4 * row["entropy"], 0, 1),
                        aspect=line[4].get_aspect(), interpolation="nearest")
-        name_sides(line[0], row["spacing"])
+        words = [f"Dice {row['dsc']:.2f}" if np.isfinite(row["dsc"]) else "no Dice"]
+        if row["z_mm"] is not None:
+            name_sides(line[0], row["spacing"])
+            words.append(f"z = {row['z_mm']:.0f} mm")
         enlarge(line[0], line[1:], lesion | result, row["spacing"])
-        words = [f"Dice {row['dsc']:.2f}" if np.isfinite(row["dsc"]) else "no Dice", f"z = {row['z_mm']:.0f} mm"]
         if "reference_ml" in row:
             words.insert(1, f"reference {row['reference_ml']:.1f} mL, result {row['result_ml']:.1f} mL")
         rank = f"{row['rank']}: " if "rank" in row else ""
@@ -192,7 +194,9 @@ def split_figure(split: pd.DataFrame) -> Figure:
 
 def cohort_figure(cases: list[dict], slices: int = 6) -> Figure:
     """Slices of several cases from low to high, a row each: dicts with `case`, `flair`, `affine` (H x W x D and 4 x 4)
-    and, if the lesions are to be outlined, `reference`."""
+    and, if the lesions are to be outlined, `reference`. Of images, all with `image` True, a column each: as it is, and outlined."""
+    if all(case.get("image") for case in cases):
+        return _images_figure(cases)
     fig, axes = page(len(cases), slices, (1.3 * slices + 0.4, 1.6 * len(cases)))
     for line, case in zip(axes, cases):
         reference = case.get("reference", np.zeros(case["flair"].shape, np.uint8))
@@ -207,6 +211,16 @@ def cohort_figure(cases: list[dict], slices: int = 6) -> Figure:
         name_sides(line[0], spacing)
         size = " x ".join(f"{s:.2g}" for s in voxel_sizes(case["affine"]))
         label_row(line[0], f"{case['case']}\n{size} mm")
+    return fig
+
+
+def _images_figure(cases: list[dict]) -> Figure:
+    fig, axes = page(2, len(cases), (1.6 * len(cases) + 0.4, 3.6))
+    for column, case in zip(axes.T, cases):
+        for ax in column:
+            show(ax, case["flair"][..., 0], (1, 1))
+        outline(column[1], reference_parts(case["reference"])[0][..., 0], YELLOW)
+        column[0].set_title(case["case"], fontsize=8)
     return fig
 
 

@@ -45,7 +45,7 @@ def candidates(place: str | Path, labelled: bool) -> list[dict]:
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
         return _table(place, labelled)
     if place.is_file() and place.name.endswith(_SUFFIXES):
-        return [_row(_clean(stem(place)), _clean(stem(place)), place.parent.name, flair=[place])]
+        return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
 
 
@@ -60,8 +60,9 @@ def listed(problems: list[str], most: int = 10) -> str:
     return "".join(f"\n  {line}" for line in problems[:most] + more)
 
 
-def _row(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:
-    return dict(case=case, subject=subject, session=session, site=_clean(site), group=group,
+def candidate(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:
+    """One scan as `candidates` gives it."""
+    return dict(case=case, subject=subject, session=session, site=clean(site), group=group,
                 **{role: files.get(role, []) for role in _CHALLENGE.values()})
 
 
@@ -100,8 +101,8 @@ def _challenge(files: list[Path], root: Path) -> list[dict]:
         if roles["flair"]:
             above = (root.name, *folder.parts[len(root.parts):])[-4:-2]  # <group>/<site> or <group>/Amsterdam/<site>
             group = [part for part in above if part in ("training", "test")]
-            case = f"{_clean(folder.parent.name)}_{_clean(folder.name)}"
-            rows.append(_row(case, case, folder.parent.name, group=group[-1] if group else "", **roles))
+            case = f"{clean(folder.parent.name)}_{clean(folder.name)}"
+            rows.append(candidate(case, case, folder.parent.name, group=group[-1] if group else "", **roles))
     return rows
 
 
@@ -117,7 +118,7 @@ def _bids(files: list[Path], root: Path) -> list[dict]:
     sites = {dataset: _sites(dataset) for dataset, _, _ in sessions}
     rows = []
     for (dataset, subject, session), own in sessions.items():
-        prefix = f"{_clean(dataset.name)}_" if several else ""
+        prefix = f"{clean(dataset.name)}_" if several else ""
         for flair in own:
             if _suffix(flair) != "FLAIR" or "derivatives" in flair.relative_to(root).parts:
                 continue
@@ -125,7 +126,7 @@ def _bids(files: list[Path], root: Path) -> list[dict]:
             t1 = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
             t1 = [path for path in t1 if path in beside] or [path for path in t1 if _agree(path, flair, ("ce", "rec", "run"))]
             case, site = prefix + stem(flair).removesuffix("_FLAIR"), sites[dataset].get(subject, dataset.name)
-            rows.append(_row(
+            rows.append(candidate(
                 case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
                 mask=_chosen([path for path in beside if _shows_lesions(path)]),
                 ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES])))
@@ -143,10 +144,10 @@ def _sites(dataset: Path) -> dict[str, str]:
     """Site by subject (without `sub-`) from participants.tsv, where it has a column for that."""
     for path in (dataset / "participants.tsv", dataset / "rawdata" / "participants.tsv"):
         if path.is_file():
-            rows, columns = _read(path, "\t")
+            rows, columns = table_rows(path, "\t")
             column = next((name for name in ("site", "site_id", "scanner") if name in columns), "")
             return {row["participant_id"].removeprefix("sub-"): row[column] for _, row in rows
-                    if column and row.get("participant_id") and _clean(row[column]) and row[column] != "n/a"}
+                    if column and row.get("participant_id") and clean(row[column]) and row[column] != "n/a"}
     return {}
 
 
@@ -183,13 +184,13 @@ def _plain(files: list[Path], root: Path) -> list[dict]:
     for path in files:
         words = re.split(r"[^a-z0-9]+", stem(path).lower())
         if any("flair" in word for word in words) and not _NO_SCAN & set(words):
-            case = _clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
-            rows.append(_row(case, case, root.name, flair=[path]))
+            case = clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
+            rows.append(candidate(case, case, root.name, flair=[path]))
     return rows
 
 
 def _table(path: Path, labelled: bool) -> list[dict]:
-    lines, columns = _read(path)
+    lines, columns = table_rows(path)
     needed = ("subject", "site", "flair", "mask") if labelled else ("subject", "flair")
     if not set(needed) <= set(columns) or len(set(columns)) < len(columns):
         raise InputError(f"{path} has the columns {', '.join(columns)}: expected {', '.join(needed)}, each once (and "
@@ -201,8 +202,8 @@ def _table(path: Path, labelled: bool) -> list[dict]:
         subject, session, group = cells["subject"], cells.get("session", "").removeprefix("ses-"), cells.get("group", "")
         site = cells.get("site", "")
         if not labelled:
-            site, subject, group = _clean(site) or path.parent.name, subject or stem(cells["flair"]), ""
-        case = _clean("_".join((site, subject, *([f"ses-{session}"] if session else []))))
+            site, subject, group = clean(site) or path.parent.name, subject or stem(cells["flair"]), ""
+        case = clean("_".join((site, subject, *([f"ses-{session}"] if session else []))))
         wrong = [f"{name} is empty" for name, text in dict(subject=subject, site=site, flair=cells["flair"]).items() if not text]
         wrong += [f"{role} file {file} does not exist" for role, file in files.items() if labelled and not file.is_file()]
         wrong += [f"group is {group!r}, not training, test or empty"] if group.lower() not in _GROUPS else []
@@ -215,7 +216,7 @@ def _table(path: Path, labelled: bool) -> list[dict]:
         if labelled or not wrong:
             first = dict.fromkeys(alone, line) | first
             group = _GROUPS.get(group.lower(), "")
-            rows.append(_row(case, subject, site, session, group, **{role: [file] for role, file in files.items()}))
+            rows.append(candidate(case, subject, site, session, group, **{role: [file] for role, file in files.items()}))
     if problems and labelled:
         raise InputError(f"{path} has {len(problems)} wrong rows:{listed(problems)}")
     if problems:
@@ -223,7 +224,7 @@ def _table(path: Path, labelled: bool) -> list[dict]:
     return rows
 
 
-def _read(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
+def table_rows(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
     """The rows of a table of text with their line numbers, empty ones left out, and its columns in lower case."""
     try:
         return _rows(path.read_text(encoding="utf-8-sig"), delimiter)
@@ -251,7 +252,7 @@ def _place(folder: Path, name: str) -> Path:
     except FileNotFoundError:
         return path
     except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL in it
-        return folder / _clean(name)[:100]
+        return folder / clean(name)[:100]
     return path
 
 
@@ -263,5 +264,6 @@ def _suffix(path: Path) -> str:
     return stem(path).rsplit("_", 1)[-1]
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """`name` as a case may be called: letters, digits, _ and -."""
     return re.sub(r"[^\w-]+", "_", name).strip("_")

@@ -11,6 +11,7 @@ from .agreement import RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
 from .settings import Recipe
+from .wording import of_images
 from .workspace import RunFolder, read_table
 
 _PROTOCOLS = {
@@ -18,9 +19,13 @@ _PROTOCOLS = {
     "challenge": "as the challenge splits them; validation cases drawn from its training cases, stratified by site and lesion volume",
     "leave-one-site-out": "with one site held out for testing; validation cases drawn from the others, stratified by lesion volume",
     "k-fold": "in folds stratified by site and lesion volume, one of them for testing",
+    "given": "as the data bring it",
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
 
+_SUBJECTS = "; all scans of a subject stayed on one side"
+_IGNORED = "; other pathology (label 2) was ignored"
+_ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeCarli et al. 2005). "
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
@@ -35,7 +40,7 @@ class Story:
     point: dict
     trained_on: pd.DataFrame  # cohort with the column split
     evaluated: pd.DataFrame
-    data: str  # "synthetic cases" or "real scans", of the evaluated
+    data: str  # "synthetic cases", "real scans" or "images", of the evaluated
     source: str  # the same of the cases trained on
     epochs: int
     best_epoch: int
@@ -69,7 +74,7 @@ class Story:
             "trained on": f"{parts.get('train', 0)} {self.source}, chosen on {parts.get('val', 0)}: "
                           f"{_sites(self.trained_on[self.trained_on.split != 'test'])}",
             "split": f"{_protocol(recipe)}, seed {recipe.seed}",
-            "inputs": f"{_inputs(recipe)}; {recipe.inputs.img_size} px over {recipe.inputs.fov:g} mm",
+            "inputs": f"{_inputs(recipe)}; {recipe.inputs.img_size} px over {'the longer side' if recipe.inputs.images else f'{recipe.inputs.fov:g} mm'}",
             "encoder": f"ViT of {recipe.encoder.depth} blocks, width {recipe.encoder.dim}: {_base(recipe)}",
             "adapter": _adapter(recipe),
             "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
@@ -80,51 +85,53 @@ class Story:
             "validation Dice there": f"{point['dsc']:.3f} (n = {point['n']}" + (
                 f", standard error {point['se']:.3f})" if point["se"] is not None else ")"),
         }
+        if recipe.inputs.images:
+            lines = {of_images(name): of_images(line) for name, line in lines.items()}
         return pd.DataFrame({"": lines.values()}, index=pd.Index(lines, name=recipe.name))
 
     def paragraph(self) -> str:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
-        parts = self.trained_on.split.value_counts()
+        parts, images = self.trained_on.split.value_counts(), recipe.inputs.images
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
             f"scaled by up to {100 * augment.scale:g} %"] * bool(augment.scale) + ["turned by quarters"] * augment.rotate90 + [
             "flipped left-right"] * augment.flips + ["flipped front-back"] * augment.flips_ap + [
             f"varied in {', '.join(varied).replace('_', ' ')}"] * bool(varied)
-        return (
+        text = (
             f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
-            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed}); "
-            f"all scans of a subject stayed on one side. Input was {_inputs(recipe)} on the scan's own grid. Intensities "
-            "were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull (Rousseeuw and Leroy "
-            f"1987), and a square window of {recipe.inputs.fov:g} mm around the head was resized to {recipe.inputs.img_size} x "
+            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
+            f"{_SUBJECTS * (not images)}. Input was {_inputs(recipe)}{_normalised(recipe)} was resized to {recipe.inputs.img_size} x "
             f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
             f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), frozen, with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
             f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
-            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales; other pathology (label 2) was ignored. "
+            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales{_IGNORED * (not images)}. "
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} slices, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, on all slices with lesions and {100 * training.train_negatives:g} % of the others"
             f"{', ' + ', '.join(moves) if moves else ''}"
-            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if len(recipe.inputs.modalities) > 1 else ''}. "
+            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities else ''}. "
             f"The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on validation slices was best. On the {point['n']} validation cases the operating point was taken from the "
             f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
-            "lesion F1 (26-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
+            f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
-            "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). Lesions within 10 mm of the ventricles "
-            "counted as periventricular (DeCarli et al. 2005). A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). "
+            f"{_ZONES * (not images)}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
+        return of_images(text) if images else text
 
     def limits(self) -> str:
         """What the figures do not show, as a Markdown list."""
         n = len(self.evaluated)
         known = set(self.trained_on.site[self.trained_on.split == "train"])
         validation = f"{self.point['n']} validation cases"
+        images = self.recipe.inputs.images
         points = [f"{n} case{'s' * (n > 1)}: intervals are wide, and a test between systems finds large differences only."] * (n < 30)
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
@@ -134,12 +141,16 @@ class Story:
             points.append("The encoder started from random weights, not from those of MedSAM.")
         if self.external:
             points.append(f"Operating point and limit of the flag were chosen on {validation} of {', '.join(sorted(known))}; probabilities shift between scanners.")
+        elif images:
+            points.append("The split is that of the data: whether two images show one person, it does not say.")
         elif set(self.evaluated.site) <= known:
             points.append("Every site was in training too; another scanner may do worse. Split by leave-one-site-out to see how much.")
         if not self.external and self.recipe.split.protocol == "k-fold":
             points.append(f"One of {self.recipe.split.folds} folds: the others are runs of their own.")
         if not self.external and self.point["n"] < 10:
             points.append(f"The operating point and the limit of the flag rest on {validation}.")
+        if images:
+            return "\n".join(f"- {point}" for point in [*points, "For research. It is no medical device."])
         if "synthetic" not in self.data:
             points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")
         points += ["Cortical lesions, infarcts and artefacts can look like white matter hyperintensities on FLAIR.",
@@ -151,7 +162,18 @@ def _sites(cases: pd.DataFrame) -> str:
     return ", ".join(f"{site} {n}" for site, n in cases.site.value_counts().sort_index().items())
 
 
+def _normalised(recipe: Recipe) -> str:
+    """The rest of a sentence on the inputs, up to what was resized."""
+    if recipe.inputs.images:
+        return (". Each channel lost its median in the field of view and was divided by the standard deviation of the mean of red, green and blue there; "
+                "the smallest square around it")
+    return (" on the scan's own grid. Intensities were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull "
+            f"(Rousseeuw and Leroy 1987), and a square window of {recipe.inputs.fov:g} mm around the head")
+
+
 def _inputs(recipe: Recipe) -> str:
+    if recipe.inputs.images:
+        return f"{', '.join(recipe.inputs.modalities)} of an image"
     names = {"flair": "FLAIR", "t1": "T1"}
     context = recipe.inputs.context
     return " and ".join(names[m] for m in recipe.inputs.modalities) + " in axial slices" + (

@@ -16,8 +16,7 @@ from .atlas import template
 from .cohort import find_cases
 from .errors import InputError
 from .scan import SITES, Case, Scan
-from .scanners import make_scan
-from .settings import SCANNERS
+from .scanners import KINDS, make_scan
 from .workspace import stable_seed, write_atomic
 
 
@@ -26,7 +25,7 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
     """Writes `cases` synthetic cases as the challenge lays its own out: `training/<site>/<id>/pre/FLAIR.nii.gz`, `pre/T1.nii.gz`,
     `wmh.nii.gz`, and `ventricles.nii.gz` beside it. Returns the table of `cohort.find_cases`.
 
-    `scanners`: "challenge" deals them over its three sites, another of `settings.SCANNERS` makes each in a scanner of its own: no T1 then, but
+    `scanners`: "challenge" deals them over its three sites, "mixed" or one of `scanners.KINDS` makes each in a scanner of its own: no T1 then, but
     `tissue.nii.gz`. The same seed gives the same files, and a case does not depend on how many others there are. `scale`
     coarsens the in-plane voxels. Raises InputError for fewer than one case.
     """
@@ -58,9 +57,9 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
 
 
 def make_case(site: str, seed: int, scale: float = 1.0) -> Case:
-    """One case of `site` ("Utrecht", "Singapore", "GE3T" or one of `settings.SCANNERS`); `scale` coarsens the in-plane voxels. The result
+    """One case of `site` ("Utrecht", "Singapore", "GE3T", one of `scanners.KINDS` or "mixed"); `scale` coarsens the in-plane voxels. The result
     depends on the three arguments alone."""
-    if site not in (*SITES, *SCANNERS[1:]) or not 1 <= scale <= 4:
-        raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join((*SITES, *SCANNERS[1:]))}, "
-                         "at a scale of 1 to 4")
+    known = (*SITES, *KINDS, "mixed")
+    if site not in known or not 1 <= scale <= 4:
+        raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join(known)}, at a scale of 1 to 4")
     return Scan(SITES[site], seed, scale).acquire() if site in SITES else make_scan(site, seed, scale)

@@ -123,6 +123,8 @@ class PromptEngine:
 def open_base(recipe: Recipe, device: str | torch.device | None = None) -> tuple[PromptEngine | None, str]:
     """The base of `recipe` for `with_zero_shot`, None if it answers no prompts; and a sentence for the report that says what the baseline
     is, or why there is none."""
+    if recipe.inputs.images:
+        return None, "There is no zero-shot baseline: it is one of scans."
     try:
         base = PromptEngine(recipe, device)
     except CheckpointError as error:

@@ -10,6 +10,7 @@ from . import agreement, uncertainty
 from .evaluation import SYSTEMS, ZERO_SHOT
 from .figures import save_figure
 from .metrics import SCORES
+from .wording import figure_of_images, of_images
 from .workspace import RunFolder
 
 _DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
@@ -54,7 +55,8 @@ def paired_table(metrics: pd.DataFrame, seed: int = 42, baseline: str = SYSTEMS[
 
 def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     """`search.compare`, ready to read."""
-    return pd.DataFrame({"threshold": compared.threshold, "voxels at least": compared.min_voxels, "mm3 at least": compared.min_mm3,
+    volume = {"mm3 at least": compared.min_mm3} if compared.min_mm3.any() else {}
+    return pd.DataFrame({"threshold": compared.threshold, "voxels at least": compared.min_voxels, **volume,
                          "TTA": compared.tta.map({True: "yes", False: "no"}), "validation Dice": _intervals(compared, "dsc", 3),
                          "difference": _intervals(compared, "difference", 3, "+")}).set_axis(compared.point.rename("point"))
 
@@ -104,16 +106,23 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
-    """Displays `table` with its caption."""
+    """Displays `table` with its caption, in the words of images where `data` are some."""
     from IPython.display import Markdown, display
 
+    if _of_images(data):
+        if table.empty:  # the zones around ventricles, which images do not have
+            return
+        named = table.index if table.index.name == "case" else table.index.map(of_images)
+        table = table.set_axis(named.rename(of_images(table.index.name or "")), axis=0).rename(columns=of_images)
     display(table, Markdown(caption(name, data, n)))
 
 
 def show(figure: Figure, folder: RunFolder, name: str, data: str, n: int) -> None:
-    """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption."""
+    """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption, in the words of images where `data` are some."""
     from IPython.display import Markdown, display
 
+    if _of_images(data):
+        figure = figure_of_images(figure)
     save_figure(figure, folder.figures / f"{name}.png")
     display(figure, Markdown(caption(name, data, n)))
 
@@ -223,6 +232,37 @@ _CAPTIONS = {
 }
 
 
+_IMAGE_CAPTIONS = {
+    "search_heatmap":
+        "Mean Dice at every operating point tried, over {n} {data} kept for validation; the smallest object counts pixels. Good: a broad plateau "
+        "(outlined: within one standard error of the best) with the chosen point (star) inside it; a narrow peak would not carry over to new images. "
+        "The diamond is the recipe's own point. No test image is used here.",
+    "strata":
+        "Where {n} {data} are hard, at the operating point: Dice by marked area (kpx: 1000 pixels), detection by the size of connected objects, "
+        "with 95 % intervals. Their shares pool the objects of all images, and n counts objects there. Good: level curves.",
+    "calibration":
+        "How often a pixel of a given probability is marked, in {n} {data}. Good: points on the diagonal. Below it the network is overconfident, above it "
+        "too cautious. Pixels of all images count alike, without what is dark from the edges on. Nearly all are plain background, so the second "
+        "expected calibration error (ECE) leaves the lowest bin out.",
+    "predictions":
+        "Best, median and worst by Dice of {n} {data}; the frame is enlarged in the panels beside it. Good: ground truth and prediction alike, an error map "
+        "that is mostly 'found', errors only at borders, entropy (the network's doubt, 0 to 1 bit) where the errors are.",
+    "viewer":
+        "The best, median and worst of {n} {data}. Good: the two outlines run together; what is missed or false sits at borders.",
+    "cohort":
+        "Some of {n} {data}, shown in grey, above as they are and below with what is marked outlined. Good: outlines on what is to be found.",
+    "split":
+        "Marked area (kpx: 1000 pixels) of {n} {data} by split, as the data bring it. Good: train, validation and test images span a similar range.",
+}
+
+
 def caption(name: str, data: str, n: int = 1) -> str:
-    """What figure or table `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans")."""
-    return _CAPTIONS[name].format(data=data, n=n)
+    """What figure or table `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans", "images")."""
+    if not _of_images(data):
+        return _CAPTIONS[name].format(data=data, n=n)
+    return (_IMAGE_CAPTIONS.get(name) or of_images(_CAPTIONS[name])).format(data=data, n=n)
+
+
+def _of_images(data: str) -> bool:
+    """Whether `cohort.describe` says so."""
+    return data in ("images", "synthetic images")

