@@ -21,6 +21,8 @@ _PROTOCOLS = {
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
 
+_LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
+             "adalora": "AdaLoRA (Zhang et al. 2023)"}
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
@@ -99,7 +101,7 @@ class Story:
             "were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull (Rousseeuw and Leroy "
             f"1987), and a square window of {recipe.inputs.fov:g} mm around the head was resized to {recipe.inputs.img_size} x "
             f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
-            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), frozen, with {_adapter(recipe)}, "
+            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
             f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
@@ -169,9 +171,12 @@ def _base(recipe: Recipe) -> str:
 
 def _adapter(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    if adapter.method == "none":
-        return "no adapter"
-    return f"LoRA (Hu et al. 2021) of rank {adapter.rank_attention} on attention and {adapter.rank_mlp} on MLP layers, alpha equal to the rank, dropout {adapter.dropout:g}"
+    known = {"none": "no adapter", "full": "all of its weights trained", "bias": "its biases and norms trained (BitFit, Ben Zaken et al. 2022)",
+             "ssam": "S-SAM (Paranjape et al. 2024) on the singular values of attention and MLP layers",
+             "salt": f"SALT (Elsayed et al. 2025) on attention and MLP layers, top {adapter.top} singular values and rank {adapter.rank_attention} and {adapter.rank_mlp}"}
+    return known.get(adapter.method) or (
+        f"{_LOW_RANK[adapter.method]} of rank {adapter.rank_attention} on attention and {adapter.rank_mlp} on MLP layers, alpha equal to the rank"
+        + (f", dropout {adapter.dropout:g}" if adapter.method != "pissa" else ""))
 
 
 def _components(point: dict) -> str:
