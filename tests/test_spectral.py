@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wmhlib import hardware
 from wmhlib.adapters import adapt
 from wmhlib.errors import CheckpointError
 from wmhlib.medsam import build_encoder
@@ -227,3 +228,11 @@ def test_weights_trained_in_other_singular_vectors_are_refused():
     with pytest.raises(CheckpointError, match="file was trained in other singular vectors of encoder.blocks.1.mlp.lin1"):
         fresh.load_trained_state(state | {name: fingerprint(vectors)}, "file")
     fresh.load_trained_state(state | {name: fingerprint(spectral.u)}, "file")  # of vectors rounded to float32
+
+
+def test_the_memory_of_a_step_counts_the_factors_and_the_built_matrices():
+    recipe = replace(preset("smoke", "inputs.img_size=32"), encoder=replace(preset("smoke").encoder, dim=256, depth=4))
+    none, salt = (hardware.estimate(replace(recipe, adapter=Adapter(method=method, rank_attention=8, rank_mlp=8)), 1, False, "no") for method in ("none", "salt"))
+    weights = 4 * 12 * 256**2
+    factors = 4 * 256**2 * (3 + 1 + 1 + 1 + 4 + 1 + 4 + 1)  # U and V of qkv, proj, lin1 and lin2
+    assert salt - none == pytest.approx(4 * (weights + factors), rel=0.15)
