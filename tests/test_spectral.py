@@ -90,11 +90,12 @@ def test_the_encoder_computes_the_same_bits_until_it_is_trained(adapter):
 
 
 @pytest.mark.parametrize("top, rank", [(3, 2), (7, 0), (99, 5)])  # SALT, S-SAM, more than there is
-@pytest.mark.parametrize("tokens", [1, 400])  # gradients of low rank, and through that of W'
-def test_outputs_and_gradients_are_those_of_the_equation(top, rank, tokens):
-    ours, x = moved(layer(top, rank)), torch.randn(tokens, 7, requires_grad=True)
-    target, inputs = torch.randn(tokens, 12), [x, *(p for p in ours.parameters() if p.requires_grad)]
-    assert len(inputs) == (5 if rank == 2 else 3)
+@pytest.mark.parametrize("tokens", [1, 400])
+@pytest.mark.parametrize("out", [5, 12, 30])
+def test_outputs_and_gradients_are_those_of_the_equation(top, rank, tokens, out):
+    ours, x = moved(layer(top, rank, 7, out)), torch.randn(tokens, 7, requires_grad=True)
+    target, inputs = torch.randn(tokens, out), [x, *(p for p in ours.parameters() if p.requires_grad)]
+    assert len(inputs) == (5 if rank == 2 else 3)  # of a lesser rank than top there is no X
     expected = F.linear(x, from_the_equation(ours, ours.weight), ours.bias)
     found = ours(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ so that S-SAM is SALT with k = n. Both are W' = W + B A with few rows of A:
 
     A = [V_k^T; Y V_r^T], (k + r) x in     B = [U_k diag(d), U_r X], out x (k + r)     d = max(a S_k + b, 0) - S_k
 
-A layer therefore costs one dense product, and its parameters' gradients two of low rank. Singular vectors have no sign of their own,
+A layer therefore costs one dense product, and SALT's gradients some of low rank. Singular vectors have no sign of their own,
 and X and Y mean nothing with others: they are computed in one way (`decompose`), and a file knows which they were (`check_bases`).
 """
 
@@ -79,14 +79,19 @@ class Spectral(nn.Module):
         self.register_buffer("basis", fingerprint(u).to(**new))
         self._built: tuple = (None, None)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out x m) and A (m x in) of W' = W + B A, m = k + r at most n."""
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """d (k), and U_r X (out x r) and Y V_r^T (r x in) where there is a rest."""
         top = len(self.scale)
         s = self.s[:top]
-        left, right = self.u[:, :top] * ((s + s * self.scale + self.shift).clamp(min=0) - s), self.vt[:top]
-        if self.x is None:
-            return left, right
-        return torch.cat([left, self.u[:, top:] @ self.x], 1), torch.cat([right, self.y @ self.vt[top:]])
+        diagonal = (s + s * self.scale + self.shift).clamp(min=0) - s
+        return (diagonal, None, None) if self.x is None else (diagonal, self.u[:, top:] @ self.x, self.y @ self.vt[top:])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (out x m) and A (m x in) of W' = W + B A, m = k + r at most n."""
+        diagonal, left, right = self.parts()
+        top = len(diagonal)
+        first = self.u[:, :top] * diagonal, self.vt[:top]
+        return first if left is None else (torch.cat([first[0], left], 1), torch.cat([first[1], right]))
 
     def changed(self) -> Tensor:
         """W', of the weight's shape."""
@@ -110,7 +115,8 @@ class Spectral(nn.Module):
                 return F.conv2d(x, self.changed().to(x.dtype), bias, **self.convolution)
             if not torch.is_grad_enabled():
                 return F.linear(x, self.dense(x.dtype), bias)
-            return _Product.apply(x.reshape(-1, x.shape[-1]), *self.factors(), self.dense(x.dtype), bias, len(self.scale)).view(*x.shape[:-1], -1)
+            flat = x.reshape(-1, x.shape[-1])
+            return _Product.apply(flat, *self.parts(), self.dense(x.dtype), bias, self).view(*x.shape[:-1], -1)
 
     def merged(self) -> nn.Linear | nn.Conv2d:
         """The plain layer of W', frozen."""
@@ -129,24 +135,33 @@ class Spectral(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x (tokens x in) times W' = W + B A, as it was built, transposed, and the bias. B and the rows of A after the first `fixed` get their
-    gradients without that of W' where this is cheaper: multi_dot chooses the order."""
+    """x (tokens x in) times W' transposed, as it was built, and the bias. The parts of B A get their gradients without that of W', which
+    costs as much as the product, wherever this is cheaper: multi_dot chooses the order."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None, fixed: int) -> Tensor:
-        ctx.save_for_backward(x, left[:, fixed:].clone(), right)  # S-SAM's B is as large as W, and not needed again
-        ctx.weight, ctx.fixed = weight, fixed
+    def forward(ctx, x: Tensor, diagonal: Tensor, left: Tensor | None, right: Tensor | None, weight: Tensor, bias: Tensor | None, layer: Spectral) -> Tensor:
+        ctx.save_for_backward(x, diagonal, left, right)
+        ctx.weight, ctx.layer = weight, layer
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, left, right = (t.to(gradient.dtype) for t in ctx.saved_tensors)
-        wanted = ctx.needs_input_grad
-        gradient_x = gradient @ ctx.weight if wanted[0] else None
-        gradient_left = torch.linalg.multi_dot([gradient.T, x, right.T]) if wanted[1] else None
-        gradient_right = F.pad(torch.linalg.multi_dot([left.T, gradient.T, x]), (0, 0, ctx.fixed, 0)) if wanted[2] else None
-        return gradient_x, gradient_left, gradient_right, None, None, None
+        x, diagonal, left, right = ctx.saved_tensors
+        (out, into), top, dtype = ctx.weight.shape, len(diagonal), gradient.dtype
+        u, vt = ctx.layer.u[:, :top].to(dtype), ctx.layer.vt[:top].to(dtype)
+        gradient_left = gradient_right = None
+        if top == into and out > 2 * into:  # W' = U diag(S + d) V^T, and both gradients begin with that of its middle
+            middle = gradient @ u
+            gradient_x = (middle * (ctx.layer.s + diagonal).to(dtype)) @ vt
+            gradient_diagonal = (middle * (x @ vt.T)).sum(0, dtype=diagonal.dtype)
+        else:
+            gradient_x = gradient @ ctx.weight
+            gradient_diagonal = (torch.linalg.multi_dot([gradient.T, x, vt.T]) * ctx.layer.u[:, :top]).sum(0)
+        if left is not None:
+            gradient_left = torch.linalg.multi_dot([gradient.T, x, right.to(dtype).T])
+            gradient_right = torch.linalg.multi_dot([left.to(dtype).T, gradient.T, x])
+        return gradient_x, gradient_diagonal, gradient_left, gradient_right, None, None, None
 
 
 def attach(encoder: nn.Module, adapter: Adapter) -> None:
