@@ -87,7 +87,7 @@ def test_the_regulariser_is_zero_for_orthogonal_factors_and_its_gradient_leads_t
             nn.init.orthogonal_(q)
             nn.init.orthogonal_(p)
         assert ranks.regulariser() == pytest.approx(0, abs=1e-5)
-        for q, _, p in ranks.triplets:
+        for q, _, _ in ranks.triplets:
             q.mul_(2)  # Q Q^T - I = 3 I
     expected = 0.5 * 0.5 * sum(3 * len(q) ** 0.5 for q, _, _ in ranks.triplets) / len(ranks.triplets)
     value = ranks.regulariser()
@@ -99,4 +99,4 @@ def test_the_regulariser_is_zero_for_orthogonal_factors_and_its_gradient_leads_t
 def test_other_networks_have_no_ranks():
     ranks = Ranks(nn.Linear(2, 2))
     ranks.update(1, 10)
-    assert not ranks.triplets and ranks.state == {"importance": [], "uncertainty": [], "kept": []}
+    assert not ranks.triplets and ranks.state == {"importance": [], "uncertainty": []}

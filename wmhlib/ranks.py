@@ -2,7 +2,7 @@
 
 The layers are peft's, W + P diag(E) Q. Importance is smoothed for every number they train (eq. 8 to 10); the budget of singular values
 falls with the third power of the steps (eq. 12) from all of them to two thirds, what the paper starts and ends with. A tenth of the steps
-come before that, three tenths after, in which the choice is kept.
+come before that, three tenths after: there importance stands still, and with it the choice.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ class Ranks:
         layers = [module for module in network.modules() if isinstance(module, AdaLoraLayer)]
         self.triplets = [(layer.lora_A["default"], layer.lora_E["default"], layer.lora_B["default"]) for layer in layers]
         trained = [parameter for triplet in self.triplets for parameter in triplet]
-        self.state = {"importance": [torch.zeros_like(p) for p in trained], "uncertainty": [torch.zeros_like(p) for p in trained],
-                      "kept": [torch.ones_like(values, dtype=torch.bool) for _, values, _ in self.triplets]}
+        self.state = {name: [torch.zeros_like(p) for p in trained] for name in ("importance", "uncertainty")}
 
     def load(self, state: dict[str, list[Tensor]]) -> None:
         for name, tensors in self.state.items():
@@ -45,17 +44,15 @@ class Ranks:
                 sensitivity = (parameter * parameter.grad).abs()
                 importance.lerp_(sensitivity, 1 - _SMOOTHING)
                 uncertainty.lerp_((sensitivity - importance).abs(), 1 - _SMOOTHING)
-        if self.triplets and first < step <= last:
-            self._choose(((last - step) / (last - first)) ** 3)
-        for (_, values, _), kept in zip(self.triplets, self.state["kept"]):
-            values.mul_(kept)
+        if self.triplets and step > first:
+            self._prune(max(0.0, (last - step) / (last - first)) ** 3)
 
-    def _choose(self, share: float) -> None:
-        """Keep the singular values of highest score (eq. 7): two thirds of them and `share` of the third."""
+    def _prune(self, share: float) -> None:
+        """Keep the singular values of highest score (eq. 7), two thirds of all and `share` of the third; the others become zero."""
         scores = [importance * uncertainty for importance, uncertainty in zip(self.state["importance"], self.state["uncertainty"])]
         triplets = torch.cat([q.mean(1) + values[:, 0] + p.mean(0) for q, values, p in zip(scores[::3], scores[1::3], scores[2::3])])
         least = 2 * len(triplets) // 3
-        kept = torch.zeros_like(triplets, dtype=torch.bool)
-        kept[triplets.argsort(descending=True, stable=True)[: least + int(share * (len(triplets) - least))]] = True
-        for mine, new in zip(self.state["kept"], kept.split([len(mine) for mine in self.state["kept"]])):
-            mine.copy_(new[:, None])
+        kept = torch.zeros_like(triplets)
+        kept[triplets.argsort(descending=True, stable=True)[: least + int(share * (len(triplets) - least))]] = 1
+        for (_, values, _), mine in zip(self.triplets, kept.split([len(values) for _, values, _ in self.triplets])):
+            values.mul_(mine[:, None])
