@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ from wmhlib.storage import load_checkpoint
 
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.ema=0.9 training.accumulation=2 training.batch_size=8"
 IMAGE = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+README = Path(__file__).parent.parent / "README.md"
 ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 
 
@@ -174,6 +176,7 @@ def test_the_trained_parameters_of_every_method_on_vit_b():
         rest = found["decoder"] + found["channel_adapter"] + found["skip"]
         assert (found["encoder"], found["adapter"]) == (89_670_912, adapter) and found["trainable"] == adapter + rest, method
         assert found["total"] == 89_670_912 + rest + (adapter if method not in ("bias", "full") else 0)
+        assert method == "lora" or f"{adapter:,}" in README.read_text()
     eight = "adapter.method=salt adapter.rank_attention=8 adapter.rank_mlp=8"
     assert counts(eight)["adapter"] == 538_752
     assert counts(f"{eight} adapter.neck=true")["adapter"] == 538_752 + 2 * (2 * 76 + 2 * (256 - 76) * 8)

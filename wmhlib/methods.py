@@ -22,7 +22,7 @@ _PROTOCOLS = {
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
 
 _LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
-             "adalora": "AdaLoRA (Zhang et al. 2023)"}
+             "adalora": "AdaLoRA (Zhang et al. 2023, two thirds of its singular values kept)"}
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
@@ -101,7 +101,8 @@ class Story:
             "were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull (Rousseeuw and Leroy "
             f"1987), and a square window of {recipe.inputs.fov:g} mm around the head was resized to {recipe.inputs.img_size} x "
             f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
-            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
+            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), "
+            f"{'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
             f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "

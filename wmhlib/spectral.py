@@ -149,15 +149,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, diagonal, left, right = ctx.saved_tensors
         (out, into), top, dtype = ctx.weight.shape, len(diagonal), gradient.dtype
-        u, vt = ctx.layer.u[:, :top].to(dtype), ctx.layer.vt[:top].to(dtype)
+        u, vt = ctx.layer.u[:, :top], ctx.layer.vt[:top].to(dtype)
         gradient_left = gradient_right = None
         if top == into and out > 2 * into:  # W' = U diag(S + d) V^T, and both gradients begin with that of its middle
-            middle = gradient @ u
+            middle = gradient @ u.to(dtype)
             gradient_x = (middle * (ctx.layer.s + diagonal).to(dtype)) @ vt
             gradient_diagonal = (middle * (x @ vt.T)).sum(0, dtype=diagonal.dtype)
         else:
-            gradient_x = gradient @ ctx.weight
-            gradient_diagonal = (torch.linalg.multi_dot([gradient.T, x, vt.T]) * ctx.layer.u[:, :top]).sum(0)
+            gradient_x = gradient @ ctx.weight if ctx.needs_input_grad[0] else None
+            gradient_diagonal = (torch.linalg.multi_dot([gradient.T, x, vt.T]) * u).sum(0)
         if left is not None:
             gradient_left = torch.linalg.multi_dot([gradient.T, x, right.to(dtype).T])
             gradient_right = torch.linalg.multi_dot([left.to(dtype).T, gradient.T, x])
