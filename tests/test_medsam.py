@@ -113,7 +113,7 @@ def test_counts_of_the_recipe_at_full_size():
     ("original", 6_488_064, 566_133 + 243, 0, 7.29)])
 def test_parameter_budget_of_a_preset(name, lora, decoder_and_adapter, skip, share):
     counts = budget(WMHNet(preset(name)))
-    assert (counts["encoder"], counts["lora"], counts["skip"]) == (89_670_912, lora, skip)
+    assert (counts["encoder"], counts["adapter"], counts["skip"]) == (89_670_912, lora, skip)
     assert counts["decoder"] + counts["channel_adapter"] == decoder_and_adapter
     assert counts["trainable"] == lora + decoder_and_adapter + skip
     assert counts["share_percent"] == pytest.approx(share, abs=0.01)

@@ -9,6 +9,7 @@ import pytest
 from wmhlib import methods
 from wmhlib.errors import MissingStepError
 from wmhlib.presets import preset
+from wmhlib.settings import METHODS
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 
 POINT = dict(threshold=0.45, min_voxels=1, min_mm3=9.0, tta=True, dsc=0.7, se=None, n=1)
@@ -77,3 +78,9 @@ def test_a_story_without_search_names_the_notebook(run):
     run.operating_point.unlink()
     with pytest.raises(MissingStepError, match="04_search"):
         methods.Story.of(run, run, COUNTS)
+
+
+def test_every_adapter_is_named_with_its_paper():
+    told = {method: methods._adapter(preset("smoke", f"adapter.method={method}")) for method in METHODS}
+    assert len(set(told.values())) == len(METHODS)
+    assert all(("et al." in text or "Kalajdzievski" in text) == (method not in ("none", "full")) for method, text in told.items())

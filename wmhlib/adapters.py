@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 import peft
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from torch import Tensor, nn
 
+from . import spectral
 from .settings import Adapter
 
-_MLP = r".*\.mlp\.lin[12]"
-_TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
+_ATTENTION, _MLP = r".*\.attn\.(qkv|proj)", r".*\.mlp\.lin[12]"
 
 
 class Dropout(nn.Dropout):
@@ -43,34 +45,86 @@ class Linear(peft.tuners.lora.Linear):
 
 
 def adapt(encoder: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
-    """Freeze `encoder` and put LoRA (Hu et al. 2021) on its attention and MLP layers, its output unchanged at first; with the
-    method "full" all of it is trained instead."""
-    encoder.requires_grad_(adapter.method == "full")
-    if adapter.method != "lora":
+    """Freeze `encoder`, its output unchanged, but for what `adapter.method` trains of it or puts on its attention and MLP layers:
+
+    - "lora" (Hu et al. 2021): W + B A, alpha equal to the rank; "rslora" (Kalajdzievski 2023): sqrt(rank) times B A
+    - "dora" (Liu et al. 2024): LoRA on the directions of W's rows, and their lengths
+    - "pissa" (Meng et al. 2024, eq. 2 to 4): B A starts as the largest singular values and vectors of W, and W as what is left; without
+      dropout, which would take away from W
+    - "adalora" (Zhang et al. 2023): W + P diag(E) Q, its values pruned while training (`ranks`); starts from the ranks given
+    - "salt", "ssam": see `spectral`
+    - "bias" (BitFit, Ben Zaken et al. 2022): all biases, and the weights of the norms
+    - "none", "full": nothing, everything
+    """
+    for module in encoder.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(adapter.method == "full" or adapter.method == "bias" and (name == "bias" or isinstance(module, nn.LayerNorm)))
+    if adapter.method in ("bias", "none", "full"):
         return encoder
-    config = peft.LoraConfig(
-        r=adapter.rank_attention, lora_alpha=adapter.rank_attention, lora_dropout=adapter.dropout, target_modules=_TARGETS,
-        rank_pattern={_MLP: adapter.rank_mlp}, alpha_pattern={_MLP: adapter.rank_mlp})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(encoder, config)
-    for module in adapted.modules():
+        if adapter.method in ("salt", "ssam"):
+            spectral.attach(encoder, adapter)
+            return encoder
+        return _low_rank(encoder, adapter)
+
+
+def _low_rank(encoder: nn.Module, adapter: Adapter) -> peft.PeftModel:
+    dropout = 0.0 if adapter.method == "pissa" else adapter.dropout
+    given = dict(lora_alpha=adapter.rank_attention, lora_dropout=dropout, target_modules=f"{_ATTENTION}|{_MLP}" if adapter.rank_mlp else _ATTENTION)
+    on_mlp = {_MLP: adapter.rank_mlp} if adapter.rank_mlp else {}
+    if adapter.method == "adalora":
+        adapted = peft.get_peft_model(encoder, peft.AdaLoraConfig(init_r=adapter.rank_attention, total_step=1, **given))  # our `ranks` prunes
+    else:
+        adapted = peft.get_peft_model(encoder, peft.LoraConfig(
+            r=adapter.rank_attention, rank_pattern=on_mlp, alpha_pattern=on_mlp,
+            use_rslora=adapter.method == "rslora", use_dora=adapter.method == "dora", **given))
+    for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.Linear):
             module.__class__ = Linear
-            if adapter.dropout:
-                module.lora_dropout["default"] = Dropout(adapter.dropout)
+        if isinstance(module, AdaLoraLayer) and re.fullmatch(_MLP, name):  # peft's config has one rank for all
+            module.update_layer("default", adapter.rank_mlp, adapter.rank_mlp, adapted.peft_config["default"])
+        if dropout and isinstance(module, (Linear, SVDLinear)):
+            module.lora_dropout["default"] = Dropout(dropout)
+        if adapter.method == "pissa" and isinstance(module, Linear):
+            _take_principal(module)
     return adapted
 
 
+@torch.no_grad()
+def _take_principal(layer: Linear) -> None:
+    """PiSSA's start. What is left of W depends on the span of the vectors taken alone, so it is the same on every machine and needs no
+    file; peft's own start takes it from an SVD in float32."""
+    if layer.weight.is_meta:
+        return
+    a, b, weight = (part.weight for part in (layer.lora_A["default"], layer.lora_B["default"], layer.base_layer))
+    u, s, vt = spectral.decompose(weight)
+    root = s[: len(a)].sqrt()
+    a.copy_(root[:, None] * vt[: len(a)])
+    b.copy_(u[:, : len(a)] * root)
+    with spectral.one_thread():
+        weight.copy_(weight.double() - b.double() @ a.double())
+
+
+def merge(encoder: nn.Module) -> nn.Module:
+    """`encoder` itself without adapters, its matrices those that they make of it: the same function."""
+    if isinstance(encoder, peft.PeftModel):
+        return encoder.merge_and_unload()
+    spectral.merge(encoder)
+    return encoder
+
+
 def budget(network: nn.Module) -> dict[str, float]:
-    """Parameter counts of a WMHNet by part, and the trained share of all of them in per cent."""
-    encoder = dict(network.encoder.named_parameters())
-    lora = sum(p.numel() for name, p in encoder.items() if "lora_" in name)
+    """Parameter counts of a WMHNet by part, and the trained share of all of them in per cent. `adapter`: what of the encoder is trained,
+    or beside it; biases, and all of an encoder trained in full, count in `encoder` too."""
+    own = network.recipe.adapter.method in ("bias", "full")
+    adapter = sum(p.numel() for p in network.encoder.parameters() if p.requires_grad)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    total = sum(map(_count, network.parameters()))
+    total = sum(_count(p) for name, p in network.named_parameters() if ".ranknum." not in name)  # AdaLoRA's note of a layer's rank
+    rest = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("encoder."))
     return {
-        "encoder": sum(map(_count, encoder.values())) - lora,
-        "lora": lora,
+        "encoder": total - rest - (0 if own else adapter),
+        "adapter": adapter,
         "decoder": sum(p.numel() for p in network.decoder.parameters()),
         "channel_adapter": sum(p.numel() for p in network.channel_adapter.parameters()),
         "skip": sum(p.numel() for p in network.skip.parameters()) if network.skip else 0,

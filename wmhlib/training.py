@@ -34,6 +34,7 @@ from .errors import InputError, WMHError
 from .monitor import Monitor
 from .network import WMHNet, native_precision, weights_bytes
 from .processes import Average, GradientSum, StepStatistics, from_main
+from .ranks import Ranks
 from .settings import Recipe, Training
 from .slicestore import load_slices
 from .splits import check_split
@@ -62,7 +63,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
         job = Job(run, recipe, accelerator, network, accelerator.prepare(optimizer), GradientSum(network), StepStatistics(network),
-                  Average(network.live_state(), recipe.training.ema), keeper)
+                  Average(network.live_state(), recipe.training.ema), Ranks(network), keeper)
         return pd.DataFrame(_train(job, cases, progress and accelerator.is_main_process))
 
 
@@ -175,7 +176,7 @@ def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -
     """What a checkpoint holds. `best`: the content of best.safetensors, which may be lost with the folder it lay in."""
     scaler = job.accelerator.scaler
     return {"origin": origin, "history": history, "network": job.network.trained_state(), "optimizer": job.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler else {}, "average": job.average.state,
+            "scaler": scaler.state_dict() if scaler else {}, "average": job.average.state, "ranks": job.ranks.state,
             "random": storage.random_states(), "best": torch.frombuffer(bytearray(best), dtype=torch.uint8)}
 
 
@@ -196,6 +197,7 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     job.network.load_trained_state(state["network"], keeper.source if keeper else "checkpoint")
     job.optimizer.load_state_dict(state["optimizer"])
     job.average.load(state["average"])
+    job.ranks.load(state["ranks"])
     storage.restore_random_states(state["random"])
     if job.accelerator.scaler and state["scaler"]:
         job.accelerator.scaler.load_state_dict(state["scaler"])

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..medsam import CHANNELS, PATCH
 from ..network import WMHNet
-from ..settings import Encoder, Recipe
+from ..settings import LOW_RANK, Encoder, Recipe
 
 
 def windows(grid: int, window: int) -> list[tuple[int, int]]:
@@ -63,7 +63,7 @@ def network_flops(recipe: Recipe, training: bool = False) -> float:
         return sum(encoder.values()) + convolutions
     d, a = recipe.encoder.dim, recipe.adapter
     tokens = (recipe.inputs.img_size // PATCH) ** 2
-    adapters = 2.0 * recipe.encoder.depth * tokens * d * (6 * a.rank_attention + 10 * a.rank_mlp) if a.method == "lora" else 0.0
+    adapters = 2.0 * recipe.encoder.depth * tokens * d * (6 * a.rank_attention + 10 * a.rank_mlp) if a.method in LOW_RANK else 0.0
     return 2 * (encoder["linear"] + encoder["rest"]) + 3 * (encoder["attention"] + adapters + convolutions)
 
 

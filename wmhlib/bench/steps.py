@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import hardware
+from ..adapters import budget
 from ..batches import CaseSlices, augment, drop_modalities, stack_slices
 from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, dtype_of, native_precision
 from ..presets import preset
-from ..settings import Recipe
+from ..settings import METHODS, Recipe
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
@@ -110,6 +111,15 @@ def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, floa
             row(f"loader alone, {what}", times["ours"], loaders["ours"], 5, note="against our whole step, which holds it"),
             row(f"augmentation, {what}", loaders["eager"], loaders["ours"], note="in a batch, against one slice after the other with scipy"),
             row(f"loss on all scales, {what}", times["ours"], loss["ours"], 2, note="forward and backward, against our whole step: more than half would dominate")]
+
+
+def adapter_steps(recipe: Recipe, methods: Sequence[str] = METHODS, repetitions: int = 5) -> pd.DataFrame:
+    """Our training step under each method of adaptation, taken in turns: columns `method`, `trained` parameters, median `step_s`, and
+    `ratio` to LoRA's of the same ranks."""
+    steps = {method: Step(replace(recipe, adapter=replace(recipe.adapter, method=method)), "ours") for method in ("lora", *methods)}
+    times, _ = alternate({method: step.run for method, step in steps.items()}, repetitions, warm=True)
+    rows = [dict(method=method, trained=budget(steps[method].network)["trainable"], step_s=float(np.median(spent))) for method, spent in times.items()]
+    return pd.DataFrame(rows).assign(ratio=lambda table: table.step_s / table.step_s[0])
 
 
 def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
