@@ -157,9 +157,3 @@ def test_the_notebook_leaves_its_tables_and_figures(tmp_path):
     assert len(measured) > 10 and np.allclose(measured.ratio, measured.baseline_s / measured.ours_s, rtol=1e-4)
     assert set(read_table(tmp_path / "out" / "growth.csv").along) == {"cases", "slices", "px", "views"}
     assert {"fp32", "bf16", "bandwidth", "name", "threads"} <= set(json.loads((tmp_path / "out" / "machine.json").read_text()))
-
-
-def test_a_step_under_each_method_is_put_beside_loras():
-    rates = steps.adapter_steps(SMOKE, ("salt", "none"), 1)
-    assert rates.method.tolist() == ["lora", "salt", "none"] and rates.ratio[0] == 1 and (rates.step_s > 0).all()
-    assert rates.trained[0] > rates.trained[2]

@@ -14,6 +14,7 @@ from wmhlib.presets import preset
 from wmhlib.training import fit
 from wmhlib.workspace import RunFolder, read_table
 
+OVERRIDES = ""
 TINY = "training.epochs=1 training.warmup_epochs=0 training.slices=4"
 NAMED = {"none": "adapter.method=none", "lora 2": "adapter.rank_attention=2 adapter.rank_mlp=1"}
 

@@ -12,7 +12,7 @@ import scipy.stats
 from tqdm import tqdm
 
 from .adapters import budget
-from .bench.steps import Step, step_memory
+from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
@@ -29,7 +29,7 @@ SCORES = ("dsc", "hd95", "avd", "recall", "f1")
 BASELINE = "recipe"  # of the ablations
 ABLATIONS = {  # what each changes in the recipe
     BASELINE: "",
-    "half the rank": "",  # set in `ablations`, from the recipe's own
+    "half the rank": "", "twice the rank": "",  # set in `ablations`, from the recipe's own
     "no LoRA on MLPs": "adapter.rank_mlp=0",
     "no image skip": "skip=false",
     "no focal loss": "loss.weights=[0,1,1]",
@@ -59,7 +59,8 @@ class Plan:
 
 PLANS = {
     "colab": Plan(),
-    "demo": Plan("cohort.synthetic_cases=24", "training.epochs=3 training.warmup_epochs=0 training.restart_epochs=3 training.checkpoint_epochs=3", ranks=(4, 16)),
+    "demo": Plan("cohort.synthetic_cases=20", "training.slices=120 training.epochs=3 training.warmup_epochs=0 training.restart_epochs=3 training.checkpoint_epochs=3 "
+                 "training.validate_epochs=3", ranks=(16,)),
     "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", ("none", "lora", "salt"), (2,), (0, 1),
                   (BASELINE, "no image skip")),
 }
@@ -87,8 +88,9 @@ def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:
 def ablations(recipe: Recipe, names: tuple[str, ...] = tuple(ABLATIONS)) -> dict[str, str]:
     """The overrides of each of `names`."""
     own = recipe.adapter
-    halved = {"half the rank": f"adapter.rank_attention={max(1, own.rank_attention // 2)} adapter.rank_mlp={max(1, own.rank_mlp // 2)}"}
-    return {name: (ABLATIONS | halved)[name] for name in names}
+    scaled = {f"{words} the rank": f"adapter.rank_attention={max(1, round(factor * own.rank_attention))} adapter.rank_mlp={max(1, round(factor * own.rank_mlp))}"
+              for words, factor in (("half", 0.5), ("twice", 2))}
+    return {name: (ABLATIONS | scaled)[name] for name in names}
 
 
 def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder: str | Path, overrides: str = "", share: str = "1/1",
@@ -154,12 +156,13 @@ def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.Dat
     """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
     network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
     batch, all systems in turns in one run), `step_ratio` to that of LoRA (the lowest rank of it; NaN where there is none) and `peak_mb` of a fresh process in which one runs."""
+    recipes = {name: recipe.with_overrides(overrides) for name, overrides in named.items()}
     rows, steps = {}, {}
-    for name, overrides in named.items():
-        own = recipe.with_overrides(overrides)
-        counts, network = budget(WMHNet(own)), WMHNet(own)
+    for (name, own), memory in zip(recipes.items(), step_memories(list(recipes.values()), "ours")):
+        network = WMHNet(own)
+        counts = budget(network)
         rows[name] = dict(trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
-                          file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(step_memory(own, "ours").values()))
+                          file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(memory.values()))
         steps[name] = Step(own, "ours").run
     spent = {name: float(np.median(times)) for name, times in alternate(steps, repetitions, warm=True)[0].items()}
     lora = next((seconds for name, seconds in spent.items() if name.startswith("lora ")), np.nan)

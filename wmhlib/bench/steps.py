@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,13 +24,12 @@ import torch
 from torch import Tensor
 
 from .. import hardware
-from ..adapters import budget
 from ..batches import CaseSlices, augment, drop_modalities, stack_slices
 from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, dtype_of, native_precision
 from ..presets import preset
-from ..settings import METHODS, Recipe
+from ..settings import Recipe
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
@@ -113,20 +114,16 @@ def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, floa
             row(f"loss on all scales, {what}", times["ours"], loss["ours"], 2, note="forward and backward, against our whole step: more than half would dominate")]
 
 
-def adapter_steps(recipe: Recipe, methods: Sequence[str] = METHODS, repetitions: int = 5) -> pd.DataFrame:
-    """Our training step under each method of adaptation, taken in turns: columns `method`, `trained` parameters, median `step_s`, and
-    `ratio` to LoRA's of the same ranks."""
-    steps = {method: Step(replace(recipe, adapter=replace(recipe.adapter, method=method)), "ours") for method in ("lora", *methods)}
-    times, _ = alternate({method: step.run for method, step in steps.items()}, repetitions, warm=True)
-    rows = [dict(method=method, trained=budget(steps[method].network)["trainable"], step_s=float(np.median(spent))) for method, spent in times.items()]
-    return pd.DataFrame(rows).assign(ratio=lambda table: table.step_s / table.step_s[0])
-
-
 def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
-    """MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
-    its peak (`step_mb`), measured in a fresh process."""
-    command = [sys.executable, "-m", "wmhlib.bench.steps", who, "--recipe", recipe.to_json(), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """`step_memories` of one."""
+    return step_memories([recipe], who)[0]
+
+
+def step_memories(recipes: Sequence[Recipe], who: str) -> list[dict[str, float]]:
+    """Of each, MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
+    its peak (`step_mb`), measured in a fresh process that has loaded the libraries and nothing else."""
+    command = [sys.executable, "-m", "wmhlib.bench.steps", who, "--threads", str(torch.get_num_threads()), "--recipes"]
+    done = subprocess.run(command, input=json.dumps([recipe.to_json() for recipe in recipes]), capture_output=True, text=True)
     if done.returncode:
         raise WMHError(f"the process that measures the memory of a step ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -164,18 +161,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("who", choices=("ours", "eager"))
     parser.add_argument("--preset", default="colab")
     parser.add_argument("--overrides", default="encoder.random=true")
-    parser.add_argument("--recipe", default="", help="a recipe as JSON, in place of a preset")
+    parser.add_argument("--recipes", action="store_true", help="take them from stdin in place of a preset, a list of recipes as JSON; print a list")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    Step(preset("smoke"), given.who).run()  # loads all libraries
-    step = Step(Recipe.from_json(given.recipe) if given.recipe else preset(given.preset, given.overrides), given.who)
+    recipes = [Recipe.from_json(text) for text in json.load(sys.stdin)] if given.recipes else [preset(given.preset, given.overrides)]
+    threads = given.threads or torch.get_num_threads()
+    with multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn").Pool(
+            1, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:  # this process has the libraries and nothing else
+        found = pool.map(partial(_measure, who=given.who), recipes, chunksize=1)
+    print(json.dumps(found if given.recipes else found[0]))
+    return 0
+
+
+def _measure(recipe: Recipe, who: str) -> dict[str, float]:
+    """`step_memories` of one recipe, in this process."""
+    Step(preset("smoke"), who).run()  # what the first step of all sets up
+    step = Step(recipe, who)
     loaded = psutil.Process().memory_info().rss
     hardware.reset_peak(CPU)
     step.run()
-    print(json.dumps({"loaded_mb": 1e-6 * loaded, "step_mb": 1e-6 * (hardware.measured_peak(CPU) - loaded)}))
-    return 0
+    return {"loaded_mb": 1e-6 * loaded, "step_mb": 1e-6 * (hardware.measured_peak(CPU) - loaded)}
 
 
 if __name__ == "__main__":
