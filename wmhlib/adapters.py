@@ -47,7 +47,7 @@ class Linear(peft.tuners.lora.Linear):
         outer = self.lora_B["default"].weight * self.scaling["default"]
         y = self.base_layer(x).addmm_(inner, outer.to(inner.dtype).T)
         if dora:
-            y = torch.addcmul(y, y - self.base_layer.bias.to(y.dtype), (self._stretch() - 1).to(y.dtype))  # bf16 has room for little more than 1
+            y = torch.addcmul(y, y - self.base_layer.bias.to(y.dtype), (self._stretch() - 1).to(y.dtype))  # less 1, near which bf16 is coarse
         return y.view(*shape[:-1], -1)
 
     def _stretch(self) -> Tensor:
