@@ -19,14 +19,15 @@ from wmhlib.storage import load_checkpoint
 
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.ema=0.9 training.accumulation=2 training.batch_size=8"
 IMAGE = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+TARGET = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(2))
 README = Path(__file__).parent.parent / "README.md"
 ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 
 
-def adapted(dropout=0.0, seed=0):
+def adapted(dropout=0.0, seed=0, method="lora"):
     """An encoder whose LoRA has left its start, and the same in peft's own layers."""
     torch.manual_seed(seed)
-    ours = adapt(ImageEncoder(ENCODER), Adapter(rank_attention=4, rank_mlp=2, dropout=dropout), seed)
+    ours = adapt(ImageEncoder(ENCODER), Adapter(method=method, rank_attention=4, rank_mlp=2, dropout=dropout), seed)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
@@ -59,8 +60,9 @@ def test_dropout_follows_the_global_generator_and_its_gradient_is_what_was_kept(
     assert Dropout(0.4).eval()(x) is x
 
 
-def test_layers_compute_what_pefts_own_do_and_the_same_gradients():
-    ours, image = adapted(), torch.randn(2, 3, 64, 64)
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "pissa"])
+def test_layers_compute_what_pefts_own_do_and_the_same_gradients(method):
+    ours, image = adapted(method=method), torch.randn(2, 3, 64, 64)
     found = []
     for plain in (False, True):
         for module in ours.modules():
@@ -146,23 +148,20 @@ def test_merged_into_the_plain_encoder_every_method_computes_the_same(method, pr
         torch.testing.assert_close(features(same, precision), expected, atol=error, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
 def test_a_few_steps_in_bf16_with_checkpointed_gradients_lower_the_loss_and_leave_the_rest_alone(method):
-    ours = network(method, "training.gradient_checkpointing=true").cast_frozen("bf16").train()
-    ours.decoder.requires_grad_(method == "none")
-    trained = [p for p in ours.parameters() if p.requires_grad]
-    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    target, optimizer, losses = torch.rand(2, 1, 64, 64).round(), torch.optim.AdamW(trained, 0.01), []
-    for _ in range(8):
+    encoder = network(method, "training.gradient_checkpointing=true").cast_frozen("bf16").train().encoder
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    optimizer, losses = torch.optim.AdamW(trained.values(), 0.01), []
+    for _ in range(14):
         with torch.autocast("cpu", torch.bfloat16):
-            fused, _ = ours(IMAGE)
-        loss = nn.functional.binary_cross_entropy_with_logits(fused.float(), target)
+            loss = (encoder(IMAGE.expand(2, 3, 64, 64)).float() - TARGET).square().mean()
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.01
-    changed = {name for name, p in ours.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert losses[-1] < 0.995 * losses[0]
+    assert {name for name, p in encoder.named_parameters() if not torch.equal(p, before[name])} == set(trained)
 
 
 def test_the_trained_parameters_of_every_method_on_vit_b():

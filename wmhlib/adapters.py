@@ -30,10 +30,13 @@ class Dropout(nn.Dropout):
 
 class Linear(peft.tuners.lora.Linear):
     """peft's layer, the same function in fewer passes over its map: it is cast once, and the product of the factors is added
-    where the base's output lies."""
+    where the base's output lies. DoRA's row lengths are a constant of the backward pass, as in its paper (section 4.3), and its dropout
+    falls on the product of the factors alone."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.active_adapters != ["default"] or self.disable_adapters or self.merged or args or kwargs or getattr(self, "lora_variant", None):
+        dora = self.use_dora.get("default")
+        other = not dora and getattr(self, "lora_variant", None)
+        if self.active_adapters != ["default"] or self.disable_adapters or self.merged or args or kwargs or other:
             return super().forward(x, *args, **kwargs)
         shape = x.shape
         if torch.is_autocast_enabled(x.device.type):
@@ -41,7 +44,19 @@ class Linear(peft.tuners.lora.Linear):
         x = x.reshape(-1, shape[-1])
         inner = self.lora_A["default"](self.lora_dropout["default"](x))
         outer = self.lora_B["default"].weight * self.scaling["default"]
-        return self.base_layer(x).addmm_(inner, outer.to(inner.dtype).T).view(*shape[:-1], -1)
+        y = self.base_layer(x).addmm_(inner, outer.to(inner.dtype).T)
+        if dora:
+            y = torch.addcmul(y, y - self.base_layer.bias.to(y.dtype), (self._stretch() - 1).to(y.dtype))  # less 1, near which bf16 is coarse
+        return y.view(*shape[:-1], -1)
+
+    def _stretch(self) -> Tensor:
+        """DoRA's m / || W + B A ||, of each row."""
+        length = self.lora_magnitude_vector["default"].weight
+        with torch.no_grad(), torch.autocast(length.device.type, enabled=False):
+            a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+            rows = torch.addmm(self.base_layer.weight.to(a.dtype), b, a, alpha=self.scaling["default"])
+            norm = torch.linalg.norm(rows, dim=1)
+        return length / norm
 
 
 def adapt(encoder: nn.Module, adapter: Adapter, seed: int) -> nn.Module:

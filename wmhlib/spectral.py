@@ -93,9 +93,9 @@ class Spectral(nn.Module):
         first = self.u[:, :top] * diagonal, self.vt[:top]
         return first if left is None else (torch.cat([first[0], left], 1), torch.cat([first[1], right]))
 
-    def changed(self) -> Tensor:
-        """W', of the weight's shape."""
-        left, right = self.factors()
+    def changed(self, dtype: torch.dtype) -> Tensor:
+        """W', of the weight's shape and type; B A is computed in `dtype`."""
+        left, right = (factor.to(dtype) for factor in self.factors())
         return self.weight + (left @ right).view_as(self.weight)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -103,7 +103,7 @@ class Spectral(nn.Module):
         key = (dtype, *((id(parameter), parameter._version) for parameter in self.parameters()))
         if self._built[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # validation builds one that training may take up
-                self._built = key, self.changed().to(dtype)
+                self._built = key, self.changed(dtype).to(dtype)
         return self._built[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Spectral(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         with torch.autocast(device, enabled=False):
             if self.convolution:
-                return F.conv2d(x, self.changed().to(x.dtype), bias, **self.convolution)
+                return F.conv2d(x, self.changed(x.dtype).to(x.dtype), bias, **self.convolution)
             if not torch.is_grad_enabled():
                 return F.linear(x, self.dense(x.dtype), bias)
             flat = x.reshape(-1, x.shape[-1])
@@ -123,7 +123,7 @@ class Spectral(nn.Module):
         out, into, *kernel = self.weight.shape
         with torch.device("meta"):
             layer = nn.Conv2d(into, out, kernel, **self.convolution) if self.convolution else nn.Linear(into, out)
-        layer.weight, layer.bias = nn.Parameter(self.changed().detach(), requires_grad=False), self.bias
+        layer.weight, layer.bias = nn.Parameter(self.changed(self.weight.dtype).detach(), requires_grad=False), self.bias
         return layer.train(self.training)
 
     def _apply(self, fn, recurse=True):
