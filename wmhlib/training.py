@@ -41,7 +41,7 @@ from .splits import check_split
 from .workspace import RunFolder, read_table, table_bytes
 
 _GRACE_S = 60.0  # longer than the main process delivers after an error
-_STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "random", "best")
+_STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "random", "best")
 
 
 def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
