@@ -56,58 +56,64 @@ share: str = "1/1"  # "2/8": this is the second of eight jobs that share the gri
 from pathlib import Path
 
 from wmhlib import cohort, compare, minisam, presets, report
-from wmhlib.bench import compared
+from wmhlib.bench import claims, compared
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 out, plan = Path(out_dir or f"{root}/compare_{preset}"), compare.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
-named = compare.systems(methods.split() or plan.methods, [int(rank) for rank in ranks.split()] or plan.ranks)
 drawn = [int(seed) for seed in seeds.split()] or plan.seeds
 each = f"{plan.each} {overrides}"
+named = compare.systems(methods.split() or plan.methods, [int(rank) for rank in ranks.split()] or plan.ranks)
+changed = compare.ablations(recipe.with_overrides(each), run.cases(), plan.ablations)
 data = cohort.describe(read_table(run.cohort_csv))
-print(f"{len(named)} systems x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
+print(f"{len(named)} methods and {len(changed)} changes x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
+
+# %% [markdown]
+# ## Training
+#
+# Cells that are finished are read. A grid can be spread over a cluster, one papermill job a share.
+
+# %%
+scores = compare.train(run, named | changed, drawn, out / "cells", each, share)
+of_methods = scores[scores.system.isin(named)]
+of_changes = scores[scores.system.isin([*changed, compare.TTA])]
 
 # %% [markdown]
 # ## Methods and ranks
-#
-# Cells that are finished are read. A grid can be spread over a cluster: one papermill job a share.
 
 # %%
-scores = compare.train(run, named, drawn, out / "methods", each, share)
-costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in scores.system.unique()})
-table = compare.summary(scores, costs)
+costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in of_methods.system.unique()})
+table = compare.summary(of_methods, costs)
 write_table(table, out / "methods.csv")
-compared.tell(compared.shown(table), compared.caption("methods", data, table))
+compared.tell(compared.shown(table), compared.caption("methods", data, table, claims.machine()))
 
 # %% [markdown]
-# ## What a parameter buys
+# What a parameter buys.
 
 # %%
 compared.show(compared.pareto_figure(table), out, "pareto", compared.caption("pareto", data, table))
 
 # %% [markdown]
-# ## Paired tests
+# Paired tests over the test cases.
 
 # %%
-tests = report.paired_table(compare.over_seeds(scores), baseline=compare.reference(scores))
+tests = report.paired_table(compare.over_seeds(of_methods), baseline=compare.reference(of_methods))
 write_table(tests.reset_index(), out / "tests.csv")
 compared.tell(tests, compared.caption("tests", data, table))
 
 # %% [markdown]
 # ## Parts of the recipe
 #
-# The recipe with one thing changed at a time.
+# One thing changed at a time.
 
 # %%
-changed = compare.ablations(recipe, plan.ablations)
-scores = compare.train(run, changed, drawn, out / "ablations", each, share)
-table = compare.summary(scores)
+table = compare.summary(of_changes)
 write_table(table, out / "ablations.csv")
 compared.tell(compared.shown(table), compared.caption("ablations", data, table))
 
 # %%
-tests = report.paired_table(compare.over_seeds(scores), baseline=compare.BASELINE)
+tests = report.paired_table(compare.over_seeds(of_changes), baseline=compare.reference(of_changes))
 write_table(tests.reset_index(), out / "ablation_tests.csv")
 compared.tell(tests, compared.caption("tests", data, table))
 
@@ -115,7 +121,7 @@ compared.tell(tests, compared.caption("tests", data, table))
 # ## Limits
 #
 # The budget is the same for all, and small: a method that would win after ten times as many steps does not show it here. Synthetic
-# cases say how methods compare, not how any of them does on patients. Nothing was tuned for a method but its rank.
+# cases say how methods compare, not how any of them does on patients. Nothing was tuned for a method: the rate is that of the LoRA recipe.
 
 # %%
 print(f"grid, tables and figures in {out}")

@@ -12,10 +12,11 @@ from wmhlib.bench import compared
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.presets import preset
 from wmhlib.training import fit
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder, read_table, write_table
 
 OVERRIDES = ""
 TINY = "training.epochs=1 training.warmup_epochs=0 training.slices=4"
+CASES = pd.DataFrame({"case": ["a", "b"], "t1": ["a/T1.nii.gz", "b/T1.nii.gz"]})
 NAMED = {"none": "adapter.method=none", "lora 2": "adapter.rank_attention=2 adapter.rank_mlp=1"}
 
 
@@ -30,7 +31,7 @@ def test_methods_with_a_rank_come_at_each_rank_and_the_others_once():
 @pytest.mark.parametrize("name", [name for name in compare.PLANS])
 def test_every_system_and_ablation_of_a_plan_is_a_recipe_of_its_own(name):
     plan, recipe = compare.plan(name), preset(name).with_overrides(compare.plan(name).each)
-    for named in (compare.systems(plan.methods, plan.ranks), compare.ablations(recipe, plan.ablations)):
+    for named in (compare.systems(plan.methods, plan.ranks), compare.ablations(recipe, CASES, plan.ablations)):
         recipes = [recipe.with_overrides(overrides) for overrides in named.values()]
         assert len(set(map(repr, recipes))) == len(named)
 
@@ -44,15 +45,19 @@ def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, t
     run, trained = new_run("run"), []
     monkeypatch.setattr(compare, "fit", lambda place, progress: trained.append((place.path.name, place.cases().split.tolist())) or fit(place, progress))
     one = compare.train(run, NAMED, (0, 1), tmp_path, TINY, "1/3", progress=False)
-    assert [name for name, _ in trained] == ["none_seed_0", "lora_2_seed_1"] and one.groupby(["system", "seed"]).ngroups == 2
+    assert [name for name, _ in trained] == ["none_seed_0", "lora_2_seed_1"] and one.empty, "no system has both of its seeds"
+    assert compare.summary(one).empty and compare.reference(one) == ""
     both = compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False)
     assert len(trained) == 4 and all(sides == run.cases().split.tolist() for _, sides in trained)
     assert both.groupby(["system", "seed"]).ngroups == 4 and both[list(compare.SCORES[:1])].notna().all(None)
     pd.testing.assert_frame_equal(compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False), both)
     assert len(trained) == 4
     with pytest.raises(RecipeError, match="belongs to another recipe"):
-        (tmp_path / "none_seed_0" / "scores.csv").unlink()
         compare.train(run, NAMED, (0,), tmp_path, TINY.replace("4", "5"), progress=False)
+    split = read_table(run.split_csv)
+    write_table(split.assign(split=split.split.replace({"test": "val", "val": "test"})), run.split_csv)
+    with pytest.raises(InputError, match="split.csv is not that of .*choose another folder"):
+        compare.train(run, NAMED, (0,), tmp_path, TINY, progress=False)
 
 
 def test_the_recipe_is_scored_with_every_view_too(new_run, tmp_path):
@@ -91,6 +96,21 @@ def test_paired_tests_are_over_cases_on_the_mean_of_the_seeds(scores):
     table = agreement.compare_systems(averaged, "lora 8")
     assert table.loc["none", "n"] == 8 and table.loc["none", "difference"] == pytest.approx(0.2, abs=0.01) and table.loc["none", "p"] < 0.01
     assert report.paired_table(averaged, baseline="lora 8").index.name == "lora 8 against"
+
+
+def test_what_the_cases_do_not_have_is_left_out_and_named(capsys):
+    recipe = preset("demo")
+    assert compare.WITH_T1 not in compare.ablations(recipe, CASES.assign(t1=["", "b"])) and "left out: with T1" in capsys.readouterr().out
+    assert {compare.WITH_T1, compare.WITH_NEIGHBOURS}.isdisjoint(compare.ablations(preset("vessels"), CASES))
+    half = recipe.with_overrides(compare.ablations(recipe.with_overrides("adapter.rank_mlp=0"), CASES)["half the rank"]).adapter
+    assert (half.rank_attention, half.rank_mlp) == (recipe.adapter.rank_attention // 2, 0)
+
+
+def test_a_result_without_hd95_is_counted_and_left_out_of_its_mean(scores):
+    scores.loc[scores.index[:8], "hd95"] = np.nan  # of "none" all cases of a seed
+    row = compare.summary(scores).set_index("system").loc["none"]
+    assert row.no_hd95 == 8 and row.hd95 == 5 and row.hd95_low == 5
+    assert "without HD95" in compared.shown(compare.summary(scores))
 
 
 def test_the_front_holds_what_no_leaner_system_beats():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
+import torch
 from tqdm import tqdm
 
 from .adapters import budget
@@ -17,16 +18,16 @@ from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
 from .metrics import challenge_scores
-from .network import WMHNet, weights_bytes
+from .network import weights_bytes
 from .settings import Recipe
 from .training import fit
 from .volumes import load_case
-from .workspace import RunFolder, read_table, write_table
+from .workspace import RunFolder, read_table, table_bytes, write_atomic, write_table
 
 RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
 SCORES = ("dsc", "hd95", "avd", "recall", "f1")
-BASELINE = "recipe"  # of the ablations
+BASELINE, WITH_T1, WITH_NEIGHBOURS = "recipe", "with T1", "with neighbours"  # of the ablations
 ABLATIONS = {  # what each changes in the recipe
     BASELINE: "",
     "half the rank": "", "twice the rank": "",  # set in `ablations`, from the recipe's own
@@ -36,8 +37,8 @@ ABLATIONS = {  # what each changes in the recipe
     "no Dice loss": "loss.weights=[1,0,1]",
     "no boundary loss": "loss.weights=[1,1,0]",
     "no deep supervision": "loss.scale_weights=[0,0,0,0]",
-    "with T1": "inputs.modalities=['flair','t1']",
-    "with neighbours": "inputs.context=1",
+    WITH_T1: "inputs.modalities=['flair','t1']",
+    WITH_NEIGHBOURS: "inputs.context=1",
     "no augmentation": "augment.rotation=0 augment.scale=0 augment.flips=false augment.flips_ap=false augment.rotate90=false augment.gamma=0 "
                        "augment.noise=0 augment.brightness=0 augment.contrast=0 augment.bias_field=0",
 }
@@ -76,6 +77,7 @@ def plan(preset: str) -> Plan:
 def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:
     """The overrides of each method, and of those with a rank at each of `ranks` on attention (half of it on the MLPs), by a name such as "lora 16"."""
     named = {}
+    ranks = sorted(set(ranks))
     for method in methods:
         chosen = "encoder.bits=4 adapter.method=lora" if method == "qlora" else f"adapter.method={method}"
         if method in RANKED:
@@ -85,12 +87,17 @@ def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:
     return named
 
 
-def ablations(recipe: Recipe, names: tuple[str, ...] = tuple(ABLATIONS)) -> dict[str, str]:
-    """The overrides of each of `names`."""
+def ablations(recipe: Recipe, cases: pd.DataFrame, names: tuple[str, ...] = tuple(ABLATIONS)) -> dict[str, str]:
+    """The overrides of each of `names` that `cases` (a cohort table) allow: T1 only where every case has one, no neighbours of images. What is
+    left out is named."""
     own = recipe.adapter
-    scaled = {f"{words} the rank": f"adapter.rank_attention={max(1, round(factor * own.rank_attention))} adapter.rank_mlp={max(1, round(factor * own.rank_mlp))}"
+    scaled = {f"{words} the rank": f"adapter.rank_attention={max(1, round(factor * own.rank_attention))} adapter.rank_mlp={round(factor * own.rank_mlp)}"
               for words, factor in (("half", 0.5), ("twice", 2))}
-    return {name: (ABLATIONS | scaled)[name] for name in names}
+    impossible = {WITH_T1} if (cases.t1 == "").any() else set()
+    impossible |= {WITH_T1, WITH_NEIGHBOURS} if recipe.inputs.images else set()
+    for name in impossible.intersection(names):
+        print(f"left out: {name}, which these cases do not have")
+    return {name: (ABLATIONS | scaled)[name] for name in names if name not in impossible}
 
 
 def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder: str | Path, overrides: str = "", share: str = "1/1",
@@ -99,22 +106,24 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
 
     `named` gives each system's overrides of the recipe of `run`, after `overrides`, those of all. A cell is a run folder of its own in
     `folder`; one that was interrupted goes on. `share` "i/n" does every n-th cell from the i-th alone, so that n jobs share the grid; none
-    waits for another (InputError where there are fewer cells than jobs). Returns the scores of every cell there is so far, a row a test case: system, seed, case, site and the challenge's
-    five (one view at 0.5, nothing chosen; of the system "recipe" those of all views too, as "with TTA").
+    waits for another. Returns the scores of every system whose seeds are all finished, a row a test case: system, seed, case, site and the
+    challenge's five (one view at 0.5; of the system "recipe" those of all views too, as "with TTA").
+
+    Raises InputError where there are fewer cells than jobs, or `folder` holds cells of other cases; RecipeError where it holds those of
+    another recipe.
     """
     mine, jobs = _share(share)
     grid = [(name, seed) for name in named for seed in seeds]
     if jobs > len(grid):
         raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
+    for name, seed in grid:
+        _open(cell(folder, name, seed), run, f"{overrides} {named[name]} seed={seed}")
     for name, seed in tqdm(grid[mine - 1 :: jobs], "cells", disable=not progress, mininterval=5):
         place = cell(folder, name, seed)
         if not (place.path / "scores.csv").exists():
-            place.open(run.recipe().with_overrides(f"{overrides} {named[name]} seed={seed}"))
-            for table in ("cohort_csv", "split_csv"):
-                write_table(read_table(getattr(run, table)), getattr(place, table))
             fit(place, progress=False)
             write_table(_scores(place, name, seed), place.path / "scores.csv")
-    return collect(named, seeds, folder)
+    return _finished(named, seeds, folder)
 
 
 def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
@@ -122,10 +131,22 @@ def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
     return RunFolder(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_seed_{seed}")
 
 
-def collect(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
-    """The scores of the cells that are finished."""
-    places = [cell(folder, name, seed).path / "scores.csv" for name in named for seed in seeds]
-    return pd.concat([read_table(path) for path in places if path.exists()], ignore_index=True)
+def _open(place: RunFolder, run: RunFolder, overrides: str) -> None:
+    place.open(run.recipe().with_overrides(overrides))
+    for name in ("cohort_csv", "split_csv"):
+        ours, theirs = getattr(run, name), getattr(place, name)
+        table = table_bytes(read_table(ours))
+        if theirs.exists() and theirs.read_bytes() != table:
+            raise InputError(f"{theirs} is not that of {ours}: choose another folder for this grid")
+        write_atomic(theirs, table)
+
+
+def _finished(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
+    found = [pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES])]
+    for name in named:
+        paths = [cell(folder, name, seed).path / "scores.csv" for seed in seeds]
+        found += map(read_table, paths) if all(path.exists() for path in paths) else []
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
@@ -139,9 +160,9 @@ def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
 
 
 def reference(scores: pd.DataFrame) -> str:
-    """The system that the others are tested against: LoRA at the highest rank, or the first where there is none."""
+    """The system that the others are tested against: the recipe, or LoRA at the highest rank, or the first where there is neither."""
     names = scores.system.unique().tolist()
-    return next((name for name in reversed(names) if name.startswith("lora ")), names[0])
+    return next((name for name in reversed(names) if name == BASELINE or name.startswith("lora ")), names[0] if names else "")
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -155,32 +176,35 @@ def _share(text: str) -> tuple[int, int]:
 def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.DataFrame:
     """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
     network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
-    batch, all systems in turns in one run), `step_ratio` to that of LoRA (the lowest rank of it; NaN where there is none) and `peak_mb` of a fresh process in which one runs."""
+    batch, on a GPU where there is one), `step_ratio` to LoRA's at the ranks of `recipe`, with which it takes turns, and `peak_mb` of a fresh
+    process on the CPU in which one runs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipes = {name: recipe.with_overrides(overrides) for name, overrides in named.items()}
-    rows, steps = {}, {}
+    rows, lora = [], Step(recipe.with_overrides("adapter.method=lora"), "ours", device)
     for (name, own), memory in zip(recipes.items(), step_memories(list(recipes.values()), "ours")):
-        network = WMHNet(own)
-        counts = budget(network)
-        rows[name] = dict(trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
-                          file_mb=1e-6 * len(weights_bytes(network, {"recipe": own.to_json()})), peak_mb=sum(memory.values()))
-        steps[name] = Step(own, "ours").run
-    spent = {name: float(np.median(times)) for name, times in alternate(steps, repetitions, warm=True)[0].items()}
-    lora = next((seconds for name, seconds in spent.items() if name.startswith("lora ")), np.nan)
-    return pd.DataFrame([dict(system=name) | row | dict(step_s=spent[name], step_ratio=spent[name] / lora) for name, row in rows.items()])
+        step = Step(own, "ours", device)
+        spent, _ = alternate({"lora": lora.run, "own": step.run}, repetitions, warm=True)
+        counts, seconds = budget(step.network), float(np.median(spent["own"]))
+        rows.append(dict(system=name, trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
+                         file_mb=1e-6 * len(weights_bytes(step.network, {"recipe": own.to_json()})), peak_mb=sum(memory.values()), step_s=seconds,
+                         step_ratio=seconds / float(np.median(spent["lora"]))))
+    return pd.DataFrame(rows, columns=["system", "trainable", "adapter", "share_percent", "file_mb", "peak_mb", "step_s", "step_ratio"])
 
 
 def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:
     """A row for each system: number of `seeds` and test cases (`n`), the mean of each score over cases and seeds with `<score>_low` and
-    `<score>_high`, the 95 % t interval over the seeds' means (NaN with one seed), and its `costs`."""
-    means = scores.groupby(["system", "seed"], sort=False)[list(SCORES)].mean()
+    `<score>_high`, the 95 % t interval over the seeds' means (NaN with one seed), `no_hd95`, how many results have none (nothing was
+    found: they are left out of its mean), and its `costs`."""
     rows = []
-    for system, part in means.groupby("system", sort=False):
-        row = dict(system=system, seeds=len(part), n=scores[scores.system == system].case.nunique())
-        half = scipy.stats.t.ppf(0.975, len(part) - 1) * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else part.iloc[0] * np.nan
-        for score, mean in part.mean().items():
-            row |= {score: mean, f"{score}_low": mean - half[score], f"{score}_high": mean + half[score]}
+    for system, part in scores.groupby("system", sort=False):
+        means = part.groupby("seed")[list(SCORES)].mean()
+        row = dict(system=system, seeds=len(means), n=part.case.nunique(), no_hd95=int(part.hd95.isna().sum()))
+        for score, values in means.items():
+            values = values.dropna()
+            half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+            row |= {score: values.mean(), f"{score}_low": values.mean() - half, f"{score}_high": values.mean() + half}
         rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["system", "seeds", "n", "no_hd95", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high"))])
     return table if costs is None else table.merge(costs, on="system", how="left")
 
 

@@ -220,7 +220,7 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
     note = folder / SYNTHETIC_NOTE
     if note.exists() and json.loads(note.read_text()) == wanted:
         return
-    if folder.exists() and any(folder.iterdir()) and not note.exists():
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()) and not note.exists():
         raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
                          "empty folder, or source to 'folder' to use what is there")
     write_atomic(note, "{}")

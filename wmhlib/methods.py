@@ -27,7 +27,7 @@ _SUBJECTS = "; all scans of a subject stayed on one side"
 _IGNORED = "; other pathology (label 2) was ignored"
 _ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeCarli et al. 2005). "
 _LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
-             "adalora": "AdaLoRA (Zhang et al. 2023, two thirds of its singular values kept)"}
+             "adalora": "AdaLoRA (Zhang et al. 2023, pruned to two thirds of its singular values by the end of training)"}
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..settings import Encoder, Recipe
 from ..teacher import ENCODERS
 from . import roofline
 from .roofline import encoder_flops, network_flops
-from .table import alternate
+from .table import alternate, each_alone
 
 TARGETS = {  # of each claim: column, limit, whether more is better; how a table's head says it
     "at least 90 % of the teacher's Dice": ("dice_ratio", 0.9, True, "Dice 90 %"),
@@ -235,9 +234,7 @@ def _measure(given: dict) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     threads, subjects = json.loads((arguments or sys.argv[1:])[0])
-    with multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn").Pool(
-            1, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:  # this process has the libraries and nothing else
-        print(json.dumps(pool.map(_measure, subjects, chunksize=1)))
+    print(json.dumps(each_alone(_measure, subjects, threads)))
     return 0
 
 

@@ -23,6 +23,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
                                         ("file_mb", "file (MB)", "{:.1f}", 1), ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3),
                                         ("step_ratio", "step ratio", "{:.2f}", 1)):
             columns[head] = (table[name] * scale).map(form.format)
+    columns["without HD95"] = table.no_hd95
     return pd.DataFrame(columns).set_axis(table.system.rename("system"))
 
 
@@ -42,25 +43,27 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
 
 CAPTIONS = {
     "methods":
-        "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, nothing chosen. The same base, cases, "
-        "budget and rate for all. Trained: adapter, decoder, channel adapter and skip; its share is of all parameters of the network, the frozen encoder "
-        "included and nothing besides. File: the weights a run leaves. Step: a batch, all systems in turns in one run, its ratio to that of LoRA at the lowest rank; "
-        "peak: the whole of a fresh process. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
+        "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, weights of the epoch that was best "
+        "on validation cases. The same base, cases, budget and rate for all, those of the LoRA recipe. Trained: adapter, decoder, channel adapter and skip; its share is "
+        "of all parameters of the network, the frozen encoder included and nothing besides. File: the weights a run leaves. Step: a batch on {machine}, its ratio to that of "
+        "LoRA at the recipe's ranks, with which it took turns; peak: the whole of a fresh process on the CPU. Without HD95: results in which nothing was found, left "
+        "out of its mean. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
     "pareto":
         "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and counted. Good: a point on the line, "
         "to the left; points whose bars overlap are not told apart here.",
     "tests":
-        "Paired differences in Dice between the named baseline and each system over the same {n} test cases ({data}), each the mean of {seeds} seeds: "
-        "bootstrap interval over cases, Wilcoxon's signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
+        "Paired differences in Dice between the first-named system and each other over the same {n} test cases ({data}), each the mean of {seeds} seeds: bootstrap "
+        "interval over cases, Wilcoxon's signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
     "ablations":
-        "The recipe with one thing changed at a time, mean over {n} test cases ({data}) and {seeds} seeds with the 95 % t interval over the seeds. Where T1 or neighbours come in, "
-        "channel adapter and skip begin at random instead of the base's. A row better than the recipe says that its part does not pay at this budget.",
+        "The recipe with one thing changed at a time, mean over {n} test cases ({data}) and {seeds} seeds with the 95 % t interval over the seeds. Where T1 or neighbours "
+        "come in, channel adapter and skip begin at random instead of the base's. A part pays where leaving it out costs Dice, or adding it gains some; the paired tests "
+        "below say which differences are more than these cases.",
 }
 
 
-def caption(name: str, data: str, table: pd.DataFrame) -> str:
-    """What figure or table `name` shows and what good looks like; `table` as `compare.summary` gives it."""
-    return CAPTIONS[name].format(data=data, n=table.n.max(), seeds=table.seeds.max())
+def caption(name: str, data: str, table: pd.DataFrame, machine: str = "") -> str:
+    """What figure or table `name` shows and what good looks like; `table` as `compare.summary` gives it, `machine` what steps ran on."""
+    return CAPTIONS[name].format(data=data, n=table.n.max(), seeds=table.seeds.max(), machine=machine)
 
 
 def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
@@ -72,7 +75,7 @@ def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
 
 
 def tell(table: pd.DataFrame, words: str) -> None:
-    """Displays `table` with its caption."""
+    """Displays `table` with its caption, or that nothing is finished yet."""
     from IPython.display import Markdown, display
 
-    display(table, Markdown(words))
+    display(*([Markdown("No system has all of its seeds yet: run this again when the other jobs are done.")] if table.empty else [table, Markdown(words)]))

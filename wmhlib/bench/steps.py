@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,11 +28,12 @@ from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, dtype_of, native_precision
 from ..presets import preset
+from ..ranks import Ranks
 from ..settings import Recipe
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
-from .table import alternate, row
+from .table import alternate, each_alone, row
 
 _SLICES = 1400  # that an epoch of the challenge's training cases draws: about 42 cases of 33 slices
 
@@ -55,6 +55,7 @@ class Step:
         network = WMHNet(recipe)
         network = network.cast_frozen(self.precision) if who == "ours" else baselines.eager_network(network, recipe.inputs.img_size)
         self.network = network.train().to(device)
+        self.ranks = Ranks(self.network)
         self.optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], recipe.training.lr)
         self.cases = random_slices(recipe, max(8, recipe.training.batch_size))
         self.places = [(0, z) for z in range(recipe.training.batch_size)]
@@ -78,9 +79,12 @@ class Step:
         images, labels = self.load()
         fused, scales = self.forward(images)
         loss = total_loss(fused, scales, labels, self.recipe.loss)[0]
+        if self.ranks.triplets:
+            loss = loss + self.ranks.regulariser()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.training.clip_norm)
         self.optimizer.step()
+        self.ranks.update(1, 2)  # while ranks are pruned
         self.optimizer.zero_grad()
         return float(loss.detach())
 
@@ -165,10 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args(arguments)
     recipes = [Recipe.from_json(text) for text in json.load(sys.stdin)] if given.recipes else [preset(given.preset, given.overrides)]
-    threads = given.threads or torch.get_num_threads()
-    with multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn").Pool(
-            1, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:  # this process has the libraries and nothing else
-        found = pool.map(partial(_measure, who=given.who), recipes, chunksize=1)
+    found = each_alone(partial(_measure, who=given.who), recipes, given.threads or torch.get_num_threads())
     print(json.dumps(found if given.recipes else found[0]))
     return 0
 

@@ -7,10 +7,13 @@ prints it as Markdown.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +37,16 @@ def alternate(works: dict[str, Callable[[], object]], repetitions: int, warm: bo
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return times, results
+
+
+def each_alone(work: Callable[[Any], Any], given: Iterable[Any], threads: int) -> list:
+    """`work` of each of `given` in a process of its own with `threads`, a copy of this one where the system can: what has been loaded here
+    is there. Raises BrokenProcessPool where one dies."""
+    context, found = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"), []
+    for one in given:
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
+            found.append(pool.submit(work, one).result())
+    return found
 
 
 def row(what: str, baseline: list[float], ours: list[float], target: float = np.nan, error: float = np.nan, error_target: float = np.nan,
