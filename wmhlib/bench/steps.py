@@ -168,9 +168,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipes", action="store_true", help="take them from stdin in place of a preset, a list of recipes as JSON; print a list")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args(arguments)
-    recipes = [Recipe.from_json(text) for text in json.load(sys.stdin)] if given.recipes else [preset(given.preset, given.overrides)]
-    found = each_alone(partial(_measure, who=given.who), recipes, given.threads or torch.get_num_threads())
-    print(json.dumps(found if given.recipes else found[0]))
+    threads = given.threads or torch.get_num_threads()
+    if given.recipes:  # this process has the libraries and nothing else: it can be forked
+        found = each_alone(partial(_measure, who=given.who), [Recipe.from_json(text) for text in json.load(sys.stdin)], threads)
+    else:
+        torch.set_num_threads(threads)
+        found = _measure(preset(given.preset, given.overrides), given.who)
+    print(json.dumps(found))
     return 0
 
 
