@@ -112,6 +112,9 @@ table = compare.summary(of_changes)
 write_table(table, out / "ablations.csv")
 compared.tell(compared.shown(table), compared.caption("ablations", data, table))
 
+# %% [markdown]
+# Paired tests of the recipe against each change.
+
 # %%
 tests = report.paired_table(compare.over_seeds(of_changes), baseline=compare.reference(of_changes))
 write_table(tests.reset_index(), out / "ablation_tests.csv")

@@ -125,7 +125,7 @@ def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):
     table = compare.costs(recipe, NAMED, 1).set_index("system")
     assert table.loc["none", "adapter"] == 0 and table.loc["lora 2", "adapter"] > 0
     assert table.loc["lora 2", "trainable"] - table.loc["none", "trainable"] == table.loc["lora 2", "adapter"]
-    assert table.loc["lora 2", "step_ratio"] == 1 and (table[["step_s", "peak_mb", "file_mb"]] > 0).all(None)
+    assert (table[["step_s", "step_ratio", "peak_mb", "file_mb"]] > 0).all(None)
     assert (table.share_percent < 100).all()
 
 
@@ -137,11 +137,11 @@ def test_two_jobs_fill_a_grid_that_a_third_one_reports(tmp_path):
     for job in jobs:
         assert job.wait(600) == 0, job.stdout.read()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("best.safetensors")}
-    assert len(before) == 10
+    assert len(before) == 6
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("best.safetensors")}
     table = read_table(tmp_path / "grid" / "methods.csv")
-    assert table.system.tolist() == ["none", "lora 2", "salt 2"] and (table.seeds == 2).all()
+    assert table.system.tolist() == ["lora 2", "salt 2"] and (table.seeds == 2).all()
     for name in ("07_compare.html", "07_compare_1_of_2.html", "pareto.png", "tests.csv", "ablations.csv"):
         assert (tmp_path / "grid" / name).exists(), name
