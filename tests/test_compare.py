@@ -114,7 +114,7 @@ def test_a_result_without_hd95_is_counted_and_left_out_of_its_mean(scores):
 
 
 def test_the_front_holds_what_no_leaner_system_beats():
-    table = pd.DataFrame(dict(system=list("abcd"), trainable=[1, 2, 3, 4], dsc=[0.5, 0.7, 0.6, 0.8], dsc_low=0.4, dsc_high=0.9))
+    table = pd.DataFrame(dict(system=list("abcd"), trainable=[1, 2, 3, 4], adapter=[0, 1, 2, 3], dsc=[0.5, 0.7, 0.6, 0.8], dsc_low=0.4, dsc_high=0.9))
     assert compare.pareto(table).tolist() == [True, True, False, True]
     labels = {text.get_text() for text in compared.pareto_figure(table).axes[0].texts}
     assert labels == set("abcd")

@@ -28,15 +28,17 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto_figure(table: pd.DataFrame) -> Figure:
-    """Mean Dice of each system, with its interval over seeds, against its trained parameters; `table` as `summary` gives it with costs."""
+    """Mean Dice of each system, with its interval over seeds, against what it trains of the encoder or beside it; `table` as `summary` gives it
+    with costs."""
     fig, axes = page(1, 1, (8, 4.6))
-    ax, best = axes[0, 0], table[pareto(table)].sort_values("trainable")
-    ax.step(best.trainable, best.dsc, where="post", color=ORANGE, linewidth=1.3, label="no better with as few")
-    ax.errorbar(table.trainable, table.dsc, yerr=[table.dsc - table.dsc_low, table.dsc_high - table.dsc], fmt="none", ecolor="0.6", elinewidth=1)
-    ax.plot(table.trainable, table.dsc, color=BLUE, marker="o", label="a system: mean and interval over seeds", **POINTS)
+    ax, best = axes[0, 0], table[pareto(table)].sort_values("adapter")
+    ax.step(best.adapter, best.dsc, where="post", color=ORANGE, linewidth=1.3, label="no better with as few")
+    ax.errorbar(table.adapter, table.dsc, yerr=[table.dsc - table.dsc_low, table.dsc_high - table.dsc], fmt="none", ecolor="0.6", elinewidth=1)
+    ax.plot(table.adapter, table.dsc, color=BLUE, marker="o", label="a system: mean and interval over seeds", **POINTS)
     for row in table.itertuples():
-        ax.annotate(row.system, (row.trainable, row.dsc), (4, 4), textcoords="offset points", fontsize=8)
-    ax.set(xscale="log", xlabel="trained parameters", ylabel="mean Dice")
+        ax.annotate(row.system, (row.adapter, row.dsc), (4, 4), textcoords="offset points", fontsize=8)
+    ax.set_xscale("symlog", linthresh=1000)  # the decoder alone has none
+    ax.set(xlabel="trained parameters of the encoder or beside it", ylabel="mean Dice", xlim=(-200, None), xticks=[0, *(10**k for k in range(3, 9) if 10**k < table.adapter.max())])
     fig.legend(loc="outside lower center", ncols=2, **LEGEND)
     return fig
 
@@ -49,7 +51,7 @@ CAPTIONS = {
         "LoRA at the recipe's ranks, with which it took turns; peak: the whole of a fresh process on the CPU. Without HD95: results in which nothing was found, left "
         "out of its mean. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
     "pareto":
-        "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and counted. Good: a point on the line, "
+        "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and not counted here. Good: a point on the line, "
         "to the left; points whose bars overlap are not told apart here.",
     "tests":
         "Paired differences in Dice between the first-named system and each other over the same {n} test cases ({data}), each the mean of {seeds} seeds: bootstrap "
