@@ -22,7 +22,7 @@ from .network import weights_bytes
 from .settings import Recipe
 from .training import fit
 from .volumes import load_case
-from .workspace import RunFolder, read_table, table_bytes, write_atomic, write_table
+from .workspace import RunFolder, read_table, write_table
 
 RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
@@ -116,7 +116,7 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
     if jobs > len(grid):
         raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
     for name, seed in grid:
-        _open(cell(folder, name, seed), run, f"{overrides} {named[name]} seed={seed}")
+        cell(folder, name, seed).open(run.recipe().with_overrides(f"{overrides} {named[name]} seed={seed}")).take_cases(run)
     for name, seed in tqdm(grid[mine - 1 :: jobs], "cells", disable=not progress, mininterval=5):
         place = cell(folder, name, seed)
         if not (place.path / "scores.csv").exists():
@@ -128,16 +128,6 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
 def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
     """The run folder of a cell."""
     return RunFolder(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_seed_{seed}")
-
-
-def _open(place: RunFolder, run: RunFolder, overrides: str) -> None:
-    place.open(run.recipe().with_overrides(overrides))
-    for name in ("cohort_csv", "split_csv"):
-        ours, theirs = getattr(run, name), getattr(place, name)
-        table = table_bytes(read_table(ours))
-        if theirs.exists() and theirs.read_bytes() != table:
-            raise InputError(f"{theirs} is not that of {ours}: choose another folder for this grid")
-        write_atomic(theirs, table)
 
 
 def _finished(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from .prompting import open_base
 from .settings import Recipe
 from .training import fit
 from .volumes import Case
-from .workspace import RunFolder, read_json, read_table, sha256, write_atomic, write_table
+from .workspace import RunFolder, read_json, sha256, write_atomic, write_table
 
 FEW, NONE, ALL = "few-shot", "no adaptation", "all slices"
 COLUMNS = ("system", "slices", "seed", "val_dice", "test_dice")
@@ -42,16 +42,14 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
     scan, one view at 0.5 (the epoch is chosen on validation cases; the test cases choose nothing). Levels to compare with follow, as far
     as there are any, with 0 slices: "zero-shot, true boxes" of a base that answers prompts, "no adaptation" of one that brings a decoder,
     and "all slices", the trained `run` itself. Written as fewshot.csv into `folder`. Raises RecipeError where `folder` holds points of
-    another recipe.
+    another recipe, InputError where of other cases.
     """
     folder, recipe, rows = Path(folder or run.path / "fewshot"), run.recipe(), []
     split, network = run.split_text(), WMHNet(recipe)
     if "decoder" in network.started:
         overrides = f"training.lr={recipe.training.lr / 10} {overrides}"
     for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", disable=not progress, mininterval=5):
-        point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides))
-        for name in ("cohort_csv", "split_csv"):
-            write_table(read_table(getattr(run, name)), getattr(point, name))
+        point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides)).take_cases(run)
         scores = _kept(point.path / "scores.json", split, partial(_trained, point))
         rows.append(dict(system=FEW, slices=count, seed=seed) | scores)
     for name, (origin, segment) in _levels(run, network).items():

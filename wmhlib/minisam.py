@@ -70,11 +70,7 @@ def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Rec
 
 def adaptation(run: RunFolder, folder: str | Path, encoder: Encoder, overrides: str = "") -> RunFolder:
     """A run folder for `training.fit`: `adapted_recipe` of the run's recipe, on the same cases and split."""
-    adapted = RunFolder(folder).open(adapted_recipe(run.recipe(), encoder, overrides))
-    for name in ("cohort_csv", "split_csv"):
-        if not getattr(adapted, name).exists():
-            write_table(read_table(getattr(run, name)), getattr(adapted, name))
-    return adapted
+    return RunFolder(folder).open(adapted_recipe(run.recipe(), encoder, overrides)).take_cases(run)
 
 
 def scan_dice(runs: dict[str, RunFolder]) -> pd.DataFrame:

@@ -33,7 +33,7 @@ class Pretext(nn.Module):
         each mask asked for, and the squared error of its estimated IoU). features: B x 256 x S/16 x S/16; labels: uint8 B x 1 x S x S,
         see LABELS. Raises InputError for labels that hold no tissue."""
         if not (labels > 2).any():
-            raise InputError("the cases have no tissue labels, which pretext losses need: set cohort.scanners to other than 'challenge'")
+            raise InputError("the cases have no tissue labels, which pretext losses need: set cohort.scanners to 'mixed'")
         small = labels[:, 0, 2::_QUARTER, 2::_QUARTER].long()
         tissue = F.cross_entropy(F.pixel_shuffle(self.tissue(features), _QUARTER).float(), small, ignore_index=2)
         masks, image = draw_parts(labels, generator, self.settings.each)

@@ -111,6 +111,15 @@ class RunFolder:
         data = Path(data).expanduser().absolute()
         return RunFolder(out or self.results / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
 
+    def take_cases(self, run: RunFolder) -> RunFolder:
+        """Gives this folder the cohort and the split of `run`. Raises InputError where it has others."""
+        for theirs, ours in ((run.cohort_csv, self.cohort_csv), (run.split_csv, self.split_csv)):
+            table = table_bytes(read_table(theirs))
+            if ours.exists() and ours.read_bytes() != table:
+                raise InputError(f"{ours} is not that of {theirs}: choose another folder")
+            write_atomic(ours, table)
+        return self
+
     def split_text(self) -> str:
         """Which case is on which side of the split, as weights and checkpoints remember it."""
         return self.cases()[["case", "split"]].to_csv(index=False)
