@@ -87,7 +87,7 @@ def disc_case():
 def evaluated(disc_case):
     """The evaluation of five cases, the last one without lesions."""
     from wmhlib.evaluation import evaluate
-    from wmhlib.settings import Operating
+    from wmhlib.sections import Operating
 
     names = ("Utrecht_0", "Utrecht_1", "Utrecht_2", "Singapore_0", "Singapore_1")
     cases = (disc_case(name, name[:-2], lesions=name != "Singapore_1") for name in names)

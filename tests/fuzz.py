@@ -40,7 +40,7 @@ from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, splits, s
 from wmhlib.errors import CheckpointError, WMHError
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.presets import preset
-from wmhlib.settings import Encoder, Inputs
+from wmhlib.sections import Encoder, Inputs
 from wmhlib.workspace import RunFolder, read_table
 
 SECONDS = 10.0  # for one input, of this machine when nothing else runs on it

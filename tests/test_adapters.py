@@ -13,7 +13,8 @@ from wmhlib.errors import RecipeError
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.presets import preset
-from wmhlib.settings import FOUR_BITS, METHODS, Adapter, Encoder, Recipe
+from wmhlib.sections import FOUR_BITS, METHODS, Adapter, Encoder
+from wmhlib.settings import Recipe
 from wmhlib.spectral import decompose
 from wmhlib.storage import load_checkpoint
 

@@ -5,7 +5,7 @@ import torch
 
 from wmhlib.batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
 from wmhlib.errors import InputError
-from wmhlib.settings import Augment, Inputs
+from wmhlib.sections import Augment, Inputs
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import AIR, BRIGHTEST
 

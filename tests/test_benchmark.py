@@ -15,7 +15,7 @@ from wmhlib.engine import WMHInferenceEngine
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.presets import preset
 from wmhlib.search import PER_CASE, search
-from wmhlib.settings import Augment, Encoder, Operating
+from wmhlib.sections import Augment, Encoder, Operating
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import brain_slices
 from wmhlib.workspace import RunFolder, read_table

@@ -5,7 +5,7 @@ import torch
 
 from wmhlib.bench import claims, roofline
 from wmhlib.bench.claims import Subject
-from wmhlib.settings import Encoder
+from wmhlib.sections import Encoder
 from wmhlib.teacher import ENCODERS
 
 TOY = Encoder(64, 2, 2, (1,), 4, 4, random=True)

@@ -8,7 +8,7 @@ import pytest
 
 from wmhlib import cohort, layouts, volumes
 from wmhlib.errors import InputError
-from wmhlib.settings import Inputs
+from wmhlib.sections import Inputs
 from wmhlib.workspace import read_table, write_atomic, write_table
 
 

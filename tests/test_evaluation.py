@@ -12,7 +12,7 @@ from wmhlib import evaluation
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
 from wmhlib.errors import InputError
 from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
-from wmhlib.settings import Operating
+from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
 from wmhlib.volumes import load_mask, load_volume
 from wmhlib.workspace import RunFolder, read_table

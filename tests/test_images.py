@@ -35,7 +35,7 @@ from wmhlib.batches import drop_modalities
 from wmhlib.canvas import from_canvas
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import InputError, RecipeError
-from wmhlib.settings import Inputs
+from wmhlib.sections import Inputs
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
 
 RGB = Inputs(modalities=("red", "green", "blue"), img_size=64)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from monai.losses import DiceLoss, FocalLoss
+from monai.losses import DiceLoss, FocalLoss, TverskyLoss
 
-from wmhlib.losses import boundary_loss, dice_loss, focal_loss, total_loss
-from wmhlib.settings import Loss
+from wmhlib.losses import boundary_loss, dice_loss, focal_loss, total_loss, tversky_loss
+from wmhlib.sections import Loss
 
 
 @pytest.fixture
@@ -81,3 +81,26 @@ def test_the_parts_add_up_and_a_perfect_answer_costs_nothing(batch):
     assert set(parts) == {"focal", "dice", "boundary", "scales"} and float(loss) == pytest.approx(float(sum(parts.values())))
     sure = [40.0 * (2 * torch.nn.functional.max_pool2d(labels.float(), f) - 1) for f in (1, 2, 4, 8)]
     assert float(total_loss(sure[0], sure, labels, Loss())[0]) < 1e-3
+
+
+def test_tversky_equals_monais(batch):
+    logits, labels, valid = batch
+    expected = TverskyLoss(sigmoid=True, batch=True, alpha=0.3, beta=0.7, smooth_nr=1.0, smooth_dr=1.0)(logits, labels.float())
+    torch.testing.assert_close(tversky_loss(logits, labels.float(), valid, 0.7), expected)
+
+
+def test_losses_of_a_volume_of_equal_slices_are_those_of_the_slice_away_from_its_ends(batch):
+    logits, labels, valid = batch
+    deep = [x.unsqueeze(2).repeat(1, 1, 8, 1, 1) for x in (logits, labels.float(), valid)]
+    torch.testing.assert_close(boundary_loss(*deep, 4.0), boundary_loss(logits, labels.float(), valid, 4.0))
+    torch.testing.assert_close(focal_loss(*deep, 0.75, 2.0), focal_loss(logits, labels.float(), valid, 0.75, 2.0))
+
+
+def test_the_total_over_a_volume_is_the_sum_of_its_parts_at_all_scales():
+    generator = torch.Generator().manual_seed(1)
+    labels = (torch.rand(2, 1, 16, 16, 16, generator=generator) > 0.95).byte()
+    fused, *scales = (torch.randn(2, 1, *[16 // f] * 3, generator=generator).requires_grad_() for f in (1, 1, 2, 4))
+    loss, parts = total_loss(fused, scales, labels, Loss(weights=(0.25, 0.35, 0.25), tversky=0.15, boundary_weight=4.0))
+    loss.backward()
+    assert list(parts) == ["focal", "dice", "boundary", "tversky", "scales"] and float(sum(parts.values())) == pytest.approx(float(loss.detach()))
+    assert all(float(x.grad.abs().sum()) > 0 for x in (fused, *scales))

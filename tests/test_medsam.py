@@ -11,7 +11,7 @@ from wmhlib.errors import CheckpointError
 from wmhlib.medsam import ImageEncoder, load_checkpoint, weights_sha256
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
-from wmhlib.settings import Adapter, Encoder
+from wmhlib.sections import Adapter, Encoder
 
 
 @pytest.fixture(scope="module")

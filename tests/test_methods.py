@@ -9,7 +9,7 @@ import pytest
 from wmhlib import methods
 from wmhlib.errors import MissingStepError
 from wmhlib.presets import preset
-from wmhlib.settings import METHODS
+from wmhlib.sections import METHODS
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 
 POINT = dict(threshold=0.45, min_voxels=1, min_mm3=9.0, tta=True, dsc=0.7, se=None, n=1)

@@ -12,7 +12,7 @@ from wmhlib.bench import distilled
 from wmhlib.errors import RecipeError
 from wmhlib.losses import dice_loss, total_loss
 from wmhlib.presets import preset
-from wmhlib.settings import Inputs
+from wmhlib.sections import Inputs
 from wmhlib.teacher import PRESETS
 from wmhlib.workspace import RunFolder, read_table
 

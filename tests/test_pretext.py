@@ -10,8 +10,8 @@ from wmhlib.losses import total_loss
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.pretext import LABELS, Pretext, draw_parts
-from wmhlib.settings import Adapter
-from wmhlib.settings import Pretext as Weights
+from wmhlib.sections import Adapter
+from wmhlib.sections import Pretext as Weights
 
 RECIPE = replace(preset("smoke"), pretext=Weights(tissue=0.5, prompts=2.0, mlp=16), adapter=Adapter(method="full"))
 

@@ -17,7 +17,7 @@ from wmhlib.medsam import build_encoder
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.quantised import Linear4bit, dequantised, quantise, weight_bytes
-from wmhlib.settings import Adapter, Encoder
+from wmhlib.sections import Adapter, Encoder
 
 ENCODER = Encoder(dim=64, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 ODD = Encoder(dim=40, depth=1, heads=2, global_blocks=(), window=3, grid=4)  # 40 weights a row: no whole blocks of 64

@@ -9,7 +9,7 @@ from torch import nn
 from wmhlib.adapters import adapt
 from wmhlib.medsam import build_encoder
 from wmhlib.ranks import Ranks
-from wmhlib.settings import Adapter, Encoder
+from wmhlib.sections import Adapter, Encoder
 
 ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 VALUES = 2 * (6 + 6 + 3 + 3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from wmhlib import phantom, scanners, settings
+from wmhlib import phantom, scanners, sections
 from wmhlib.slicestore import load_slices
 
 COARSE = 4.0
@@ -18,7 +18,7 @@ def cases():
 
 
 def test_settings_know_the_kinds_there_are():
-    assert settings.SCANNERS == ("challenge", *scanners.KINDS, "mixed", "vessels") and sum(scanners._MIXED.values()) == pytest.approx(1)
+    assert sections.SCANNERS == ("challenge", *scanners.KINDS, "mixed", "vessels", "stroke") and sum(scanners._MIXED.values()) == pytest.approx(1)
 
 
 def test_the_same_seed_gives_the_same_scan_and_another_one_another_grid():
@@ -54,7 +54,7 @@ def test_slices_are_thick_and_thin_and_some_heads_are_stripped():
 def test_a_cohort_carries_its_tissues_into_the_labels_of_its_slices(tmp_path):
     cases = phantom.write_cohort(tmp_path, 1, seed=3, scale=COARSE, progress=False, scanners="flair")
     assert cases.site.tolist() == ["flair"] and cases.t1.tolist() == [""]
-    inputs = settings.Inputs(img_size=64)
+    inputs = sections.Inputs(img_size=64)
     slices = load_slices(cases, inputs, progress=False)[0]
     assert {0, 1, 3, 4, 5} <= set(slices.labels.unique().tolist()) <= set(range(8))
     plain = tmp_path / "training" / "flair" / "0" / "tissue.nii.gz"

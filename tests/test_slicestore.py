@@ -7,7 +7,7 @@ import torch
 
 from wmhlib.canvas import mask_canvas
 from wmhlib.errors import InputError
-from wmhlib.settings import Inputs
+from wmhlib.sections import Inputs
 from wmhlib.slicestore import load_slices
 from wmhlib.volumes import case_canvas, load_case
 

@@ -15,7 +15,7 @@ from wmhlib.medsam import build_encoder
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.processes import Average
-from wmhlib.settings import Adapter, Encoder
+from wmhlib.sections import Adapter, Encoder
 from wmhlib.spectral import Spectral, decompose, fingerprint, to_lora
 
 ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from wmhlib import epochs, slicestore, training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.presets import preset
-from wmhlib.settings import Training
+from wmhlib.sections import Training
 from wmhlib.storage import load_checkpoint
 from wmhlib.workspace import RunFolder, read_table, stable_seed, write_table
 

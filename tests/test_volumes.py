@@ -7,7 +7,7 @@ import torch
 
 from wmhlib.canvas import from_canvas, mask_canvas, to_canvas
 from wmhlib.errors import InputError
-from wmhlib.settings import Inputs
+from wmhlib.sections import Inputs
 from wmhlib.volumes import (
     AIR,
     brain_slices,

@@ -11,7 +11,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from torch import Tensor, nn
 
 from . import spectral
-from .settings import Adapter
+from .sections import Adapter
 
 _ATTENTION, _MLP = r".*\.attn\.(qkv|proj)", r".*\.mlp\.lin[12]"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
-from .settings import Augment, Inputs
+from .sections import Augment, Inputs
 from .slicestore import CaseSlices
 from .volumes import AIR, BRIGHTEST
 from .workspace import stable_seed

@@ -14,7 +14,7 @@ import torch
 
 from . import images, layouts, volumes
 from .errors import InputError
-from .settings import Inputs
+from .sections import Inputs
 from .workspace import natural
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made

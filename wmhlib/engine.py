@@ -17,7 +17,7 @@ from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import filter_components, reference_parts, smallest
 from .network import WMHNet, dtype_of, load_network, native_precision
-from .settings import Inputs
+from .sections import Inputs
 from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 

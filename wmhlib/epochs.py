@@ -25,7 +25,8 @@ from .monitor import Monitor
 from .network import WMHNet
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .ranks import Ranks
-from .settings import Recipe, Training
+from .sections import Training
+from .settings import Recipe
 from .slicestore import CaseSlices
 from .workspace import RunFolder, stable_seed
 

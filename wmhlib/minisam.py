@@ -10,7 +10,8 @@ import pandas as pd
 from . import cohort, download, splits
 from .engine import WMHInferenceEngine, plain_dice
 from .errors import RecipeError
-from .settings import Encoder, Loss, Recipe
+from .sections import Encoder, Loss
+from .settings import Recipe
 from .workspace import RunFolder, read_table, write_table
 
 RANK = 8

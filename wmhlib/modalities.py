@@ -143,7 +143,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], object]:
 
 
 def train(folder: str | Path, base: Recipe, names: tuple[str, ...] = NAMES, overrides: str = "", progress: bool = True) -> pd.DataFrame:
-    """Train an adapter for each of `names` on synthetic heads of that contrast (`settings.SCANNERS`), or go on where that stopped.
+    """Train an adapter for each of `names` on synthetic heads of that contrast (`sections.SCANNERS`), or go on where that stopped.
 
     `base` is a recipe with synthetic cases: its encoder is the base, LoRA of rank 8 (unless `overrides` say otherwise) and the
     decoder are trained. Leaves runs/<name>, adapters/<name> (`Modalities.save`) and cross_table.csv in `folder`; returns the

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .errors import RecipeError
-from .settings import SHIPPED, Adapter, Augment, Cohort, Encoder, Inputs, Operating, Pretext, Recipe, Split, Training
+from .sections import SHIPPED, Adapter, Augment, Cohort, Encoder, Inputs, Operating, Pretext, Split, Training
+from .settings import Recipe
 
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from .agreement import bootstrap_ci
 from .errors import InputError
 from .metrics import bounding_box, components, reference_parts, smallest
-from .settings import Operating
+from .sections import Operating
 from .uncertainty import case_uncertainty, unsure_limit
 
 PER_CASE = "dsc "  # columns "dsc <case>" of the search table

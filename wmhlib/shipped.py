@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import InputError, WMHError
 from .medsam import BASE
 from .network import load_network
-from .settings import SHIPPED
+from .sections import SHIPPED
 from .workspace import MINISAM, RunFolder, read_table, write_atomic, write_table
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .canvas import mask_canvas, to_canvas
 from .errors import InputError, WMHError
-from .settings import Inputs
+from .sections import Inputs
 from .volumes import AIR, Case, case_canvas, load_case, load_volume
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .settings import Adapter
+from .sections import Adapter
 
 _PROBES = 4  # numbers that tell a basis from another
 _SAME = 1e-3  # how far they may differ; a vector of the other sign makes a difference of about 1

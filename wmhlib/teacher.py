@@ -13,7 +13,7 @@ from .errors import CheckpointError, RecipeError
 from .medsam import build_encoder, read_state, weights_sha256
 from .network import base_channel_adapter
 from .promptable import Promptable, load_promptable, three_channels
-from .settings import SHIPPED, Encoder, Inputs, Training
+from .sections import SHIPPED, Encoder, Inputs, Training
 
 ENCODERS = {  # by name: SAM's three, and smaller ones
     "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True),

@@ -35,7 +35,8 @@ from .monitor import Monitor
 from .network import WMHNet, native_precision, weights_bytes
 from .processes import Average, GradientSum, StepStatistics, from_main
 from .ranks import Ranks
-from .settings import Recipe, Training
+from .sections import Training
+from .settings import Recipe
 from .slicestore import load_slices
 from .splits import check_split
 from .workspace import RunFolder, read_table, table_bytes

@@ -21,7 +21,7 @@ from scipy import ndimage
 from . import images as pictures
 from .canvas import LPS, Grid, to_canvas
 from .errors import InputError
-from .settings import Inputs
+from .sections import Inputs
 from .workspace import atomic
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities

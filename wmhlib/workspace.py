@@ -25,7 +25,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .errors import InputError, MissingStepError, RecipeError, WMHError
-from .settings import SHIPPED, Recipe
+from .sections import SHIPPED
+from .settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DRIVE = Path("/content/drive")

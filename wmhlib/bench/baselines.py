@@ -23,7 +23,7 @@ from ..engine import VIEWS, turn, unturn
 from ..medsam import CHANNELS, PATCH, build_encoder
 from ..network import WMHNet
 from ..promptable import sam_modeling
-from ..settings import Augment, Encoder, Operating
+from ..sections import Augment, Encoder, Operating
 from ..volumes import AIR, BRIGHTEST, Case, case_canvas
 
 

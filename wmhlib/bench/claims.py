@@ -25,7 +25,8 @@ from ..errors import WMHError
 from ..medsam import build_encoder
 from ..network import native_precision
 from ..quantised import quantise, weight_bytes
-from ..settings import Encoder, Recipe
+from ..sections import Encoder
+from ..settings import Recipe
 from ..teacher import ENCODERS
 from . import roofline
 from .roofline import encoder_flops, network_flops

@@ -17,7 +17,8 @@ from .. import hardware
 from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
 from ..network import dtype_of, native_precision
-from ..settings import Operating, Recipe
+from ..sections import Operating
+from ..settings import Recipe
 from ..volumes import Case, brain_slices, case_canvas, load_case, save_like
 from . import baselines
 from .measures import CPU, Plan, full_network, search_growth, slab

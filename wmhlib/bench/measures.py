@@ -27,7 +27,8 @@ from ..network import WMHNet, dtype_of, load_network, native_precision
 from ..phantom import make_case, write_cohort
 from ..presets import preset
 from ..search import PER_CASE, search
-from ..settings import Operating, Recipe
+from ..sections import Operating
+from ..settings import Recipe
 from ..uncertainty import entropy
 from ..volumes import Case, Volume, brain_slices, case_canvas, load_case, save_like
 from ..workspace import RunFolder

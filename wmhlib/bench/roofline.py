@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..medsam import CHANNELS, PATCH
 from ..network import WMHNet
-from ..settings import LOW_RANK, Encoder, Recipe
+from ..sections import LOW_RANK, Encoder
+from ..settings import Recipe
 
 
 def windows(grid: int, window: int) -> list[tuple[int, int]]:
