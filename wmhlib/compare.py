@@ -17,7 +17,7 @@ from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
-from .metrics import challenge_scores
+from .metrics import SCORES, challenge_scores
 from .network import weights_bytes
 from .settings import Recipe
 from .training import fit
@@ -26,7 +26,6 @@ from .workspace import RunFolder, read_table, write_table
 
 RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
-SCORES = ("dsc", "hd95", "avd", "recall", "f1")
 BASELINE, WITH_T1, WITH_NEIGHBOURS = "recipe", "with T1", "with neighbours"  # of the ablations
 ABLATIONS = {  # what each changes in the recipe
     BASELINE: "",
