@@ -37,7 +37,7 @@ def test_every_system_and_ablation_of_a_plan_is_a_recipe_of_its_own(name):
 
 
 def test_a_preset_without_a_plan_is_an_error():
-    with pytest.raises(RecipeError, match="known are colab, demo, smoke"):
+    with pytest.raises(RecipeError, match="known are colab, demo, vessels, smoke"):
         compare.plan("base")
 
 

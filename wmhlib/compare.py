@@ -61,6 +61,8 @@ PLANS = {
     "colab": Plan(),
     "demo": Plan("cohort.synthetic_cases=20", "training.slices=120 training.epochs=3 training.warmup_epochs=0 training.restart_epochs=3 training.checkpoint_epochs=3 "
                  "training.validate_epochs=3", ranks=(16,)),
+    "vessels": Plan("cohort.synthetic_cases=36", "training.epochs=10 training.warmup_epochs=1 training.restart_epochs=9 training.validate_epochs=10",
+                    ranks=(16,), ablations=(BASELINE, "no LoRA on MLPs", "no image skip")),
     "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", ("lora", "salt"), (2,), (0, 1), (BASELINE,)),
 }
 
