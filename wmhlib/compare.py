@@ -18,8 +18,8 @@ from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
 from .metrics import challenge_scores
-from .network import weights_bytes
 from .settings import Recipe
+from .trained import weights_bytes
 from .training import fit
 from .volumes import load_case
 from .workspace import RunFolder, read_table, write_table
