@@ -115,7 +115,7 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     head, inner = _head(volume)
     images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
     images[0] = normalise(volume.data, inner, flair)
-    if t1 and "t1" in inputs.modalities:
+    if t1 and "t1" in inputs.modalities[1:]:
         second = load_volume(t1)
         check_grid(t1, second.image, volume)
         images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
