@@ -58,6 +58,6 @@ class Patches:
             loss += len(batches[i]) * float(total_loss(*forward(images), labels, recipe.loss)[0])
         for i in mine(len(cases)):
             labels = cases[i].labels.to(device)
-            found = (probabilities(forward, cases[i].images.float().to(device), recipe.volume, size) > 0.5) & (labels != 2)
+            found = (probabilities(lambda windows: forward(windows)[0], cases[i].images.float().to(device), recipe.volume, size) > 0.5) & (labels != 2)
             overlap[i], both[i] = (found & (labels == 1)).sum(), found.sum() + (labels == 1).sum()
         return loss, overlap, both
