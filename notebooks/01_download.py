@@ -67,7 +67,7 @@ print(f"run folder {run.path}")
 
 # %%
 folder = download.get_cohort(run, source, data_dir)
-cases = cohort.find_cases(folder)
+cases = cohort.find_cases(folder, recipe.inputs)
 print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_dict()}")
 
 # %% [markdown]

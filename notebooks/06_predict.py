@@ -66,7 +66,7 @@ pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 # The scans. Names in BIDS form keep their subject and session; others get a subject label from the file's name.
 
 # %%
-scans = derivatives.find(flair, t1)
+scans = derivatives.find(flair, t1, engine.recipe.inputs)
 scans[["case", "flair", "t1"]]
 
 # %% [markdown]

@@ -363,7 +363,7 @@ def test_a_ventricle_mask_is_used_on_the_grid_of_its_scan_alone(tiny_nifti, tmp_
     assert np.array_equal(cohort.load_ventricles(cases.ventricles[0], flair), ventricles > 0) and cohort.load_ventricles("", flair) is None
     assert "40% of the lesion voxels lie in the ventricle mask" in cohort.check_cases(cases).warnings[0]
     tiny_nifti("Utrecht/1/ventricles.nii.gz", shape=(24, 28, 9), data=ventricles[..., :9])
-    assert "ventricle mask lies on another grid than the FLAIR: not used" in cohort.check_cases(cases).warnings[0]
+    assert "ventricle mask lies on another grid than the scan: not used" in cohort.check_cases(cases).warnings[0]
     assert cohort.load_ventricles(str(path), flair) is None
 
 

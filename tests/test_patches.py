@@ -97,7 +97,7 @@ def test_flips_are_along_their_own_axis_alone():
 
 def test_image_and_labels_move_together():
     x = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 32)] * 3, indexing="ij"))
-    images = torch.exp(-8 * (x - 0.2).square().sum(0))[None, None] * 4
+    images = torch.exp(-3 * (x - 0.2).square().sum(0))[None, None] * 4
     moved, marked = changed(replace(OFF, rotation=40.0, scale=0.2, flips=True, elastic=8.0), images, (images > 2).byte())
     assert (moved - images).abs().max() > 0.5
     assert ((moved > 2) != marked.bool()).sum() < 0.15 * marked.sum()

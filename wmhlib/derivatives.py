@@ -32,6 +32,7 @@ from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
 from .layouts import stem
 from .metrics import lesion_table, volume_ml
+from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
 from .volumes import Volume, load_case, load_mask, load_volume, save_like
 from .workspace import RunFolder, natural, sha256, write_atomic, write_table
@@ -48,11 +49,12 @@ _DESCRIPTIONS = {
                "is unsure"}
 
 
-def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
+def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = None) -> pd.DataFrame:
     """The scans that an argument names: a file, a folder (any layout of `cohort.find_scans`), a CSV table, or several.
 
     A string that is no existing path is split as a shell would, so a path with spaces stands in quotes when it is one of
-    several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR.
+    several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR; where
+    `inputs` are T1 alone, a folder or table is searched for T1w scans.
     Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, or a T1
     with more than one FLAIR.
     """
@@ -60,7 +62,7 @@ def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
     tables = [pd.DataFrame(columns=columns)]
     for item in _paths(flair):
         if item.is_dir() or item.suffix.lower() in (".csv", ".tsv"):
-            tables.append(cohort.find_scans(item)[columns])
+            tables.append(cohort.find_scans(item, inputs)[columns])
         else:
             tables.append(pd.DataFrame([[stem(item), "", "", "", str(item.absolute()), ""]], columns=columns))
     scans = pd.concat(tables, ignore_index=True)
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = torch.cuda.device_count()
     try:
         engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
-        table = predict_scans(engine, find(given.flair), given.out, processes=processes)
+        table = predict_scans(engine, find(given.flair, inputs=engine.recipe.inputs), given.out, processes=processes)
     except WMHError as error:
         if not processes.is_main_process:  # the launcher ends every process once one has ended: let the main one speak first
             time.sleep(_GRACE_S)
