@@ -83,4 +83,4 @@ checks.drop(columns="digest")
 
 # %%
 shown = cohort.examples(cases)
-report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases), len(shown))
+report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases, recipe.inputs), len(shown))

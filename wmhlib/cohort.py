@@ -103,11 +103,14 @@ def examples(cases: pd.DataFrame) -> list[dict]:
              "reference": volumes.load_mask(row["mask"], like=flair), "image": images.is_image(row["flair"])} for row, flair in loaded]
 
 
-def describe(cases: pd.DataFrame) -> str:
-    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both; of images "synthetic images" or "images"."""
+def describe(cases: pd.DataFrame, inputs: Inputs | None = None) -> str:
+    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both; of images "synthetic images" or "images"; where
+    `inputs` are T1 alone "synthetic T1w scans", "real T1w scans" or both."""
     origins = tuple(cases["origin"].unique())
     if cases["flair"].map(images.is_image).all():
         return "synthetic images" if origins == ("synthetic",) else "images"
+    if _contrast(inputs) == "t1":
+        return {("synthetic",): "synthetic T1w scans", ("real",): "real T1w scans"}.get(origins, "real and synthetic T1w scans")
     return {("synthetic",): "synthetic cases", ("real",): "real scans"}.get(origins, "real and synthetic cases")
 
 

@@ -80,7 +80,8 @@ class WMHInferenceEngine:
         canvases are held (or those of one slice's views), whatever the number of slices.
         """
         if self.recipe.volume.network:
-            from .volumetric.windows import predict_box  # here, since the libraries of its parts are needed for nothing else
+            from .volumetric.windows import predict_box  # here, since nothing else needs MONAI
+
             return Prediction(case, *predict_box(self._logits, case, self.recipe, self.recipe.operating.views if use_tta else 1, self.device))
         plain, mean = (np.zeros(case.grid.shape, np.float32) for _ in range(2))
         filled, context = brain_slices(case), self.recipe.inputs.context

@@ -158,7 +158,8 @@ def build_network(recipe: Recipe) -> TrainedNet:
     """The network of `recipe`: a `WMHNet` of slices, or where it has a `volume.network` a `VolumeNet` of volumes."""
     if not recipe.volume.network:
         return WMHNet(recipe)
-    from .volumetric.model import VolumeNet  # here, since the libraries of its parts are needed for nothing else
+    from .volumetric.model import VolumeNet  # here, since nothing else needs MONAI
+
     return VolumeNet(recipe)
 
 

@@ -211,11 +211,12 @@ def _conclude(run: RunFolder, seconds: float) -> None:
 
 
 def _results(folder: RunFolder, recipe: Recipe) -> None:
-    from .report import results_text  # imports torch, which the notebooks' own processes need and this one does not
-    from .wording import of_images
+    from .cohort import describe  # imports torch, which the notebooks' own processes need and this one does not
+    from .report import results_text
+    from .wording import words
 
-    text = results_text(read_table(folder.metrics_csv), recipe.seed)
-    print(f"\n{of_images(text) if recipe.inputs.images else text}\n")
+    word = words(describe(read_table(folder.cohort_csv), recipe.inputs))
+    print(f"\n{word(results_text(read_table(folder.metrics_csv), recipe.seed))}\n")
 
 
 if __name__ == "__main__":

@@ -81,5 +81,6 @@ def task_of(recipe: Recipe):
     """`Slices`, or `volumetric.task.Patches` where the recipe has a network of volumes."""
     if not recipe.volume.network:
         return Slices(recipe)
-    from .volumetric.task import Patches  # here, since the libraries of its parts are needed for nothing else
+    from .volumetric.task import Patches  # here, since nothing else needs MONAI
+
     return Patches(recipe)
