@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,11 +49,6 @@ class Ensemble(WMHInferenceEngine):
         found = [engine.predict(case, use_tta) for engine in self.engines]
         plain, mean = (np.mean([getattr(each, name) for each in found], axis=0) for name in ("prob", "prob_tta"))
         return Prediction(case, plain, mean, min(each.skipped for each in found))
-
-
-def run_folders(text: str | Path) -> list[RunFolder]:
-    """The run folders that `text` names: one path, or several (in quotes where one has spaces)."""
-    return [RunFolder(text)] if Path(text).expanduser().exists() else [RunFolder(path) for path in shlex.split(str(text))]
 
 
 def open_engine(runs: Sequence[RunFolder], device: str | torch.device | None = None) -> WMHInferenceEngine:
