@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]

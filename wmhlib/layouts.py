@@ -131,11 +131,12 @@ def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
             beside = [path for path in own if _agree(path, flair, (*_APART, "space") if contrast == "t1" else _APART)]
             t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             t1 = t1 if contrast == "flair" else []
+            space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
             case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, dataset.name)
             rows.append(candidate(
                 case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
-                mask=_chosen([path for path in beside if _shows_lesions(path)]),
-                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES])))
+                mask=_chosen([path for path in beside if _shows_lesions(path)], space),
+                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES], space)))
     return rows
 
 
@@ -169,15 +170,15 @@ def _shows_lesions(path: Path) -> bool:
     return label in _LESIONS or not label and _suffix(path) == "mask" and bool(re.search("^$|lesion|wmh", desc))
 
 
-def _chosen(masks: list[Path]) -> list[Path]:
+def _chosen(masks: list[Path], space: str | None) -> list[Path]:
     """Of the masks of one thing: those with label or description before bare ones (which may be of the brain); in one
-    pipeline labelled ones before others, `_mask` before `_dseg`, FLAIR space before others."""
+    pipeline labelled ones before others, `_mask` before `_dseg`, those of the scan's `space` before others."""
     masks = [path for path in masks if _suffix(path) in ("mask", "dseg")]
     masks = [path for path in masks if {"label", "desc"} & set(_entities(path))] or masks
     if len({_pipeline(path) for path in masks}) > 1:
         return masks
     found = {path: _entities(path) for path in masks}
-    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != "FLAIR", "space" in has) for path, has in found.items()}
+    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != space, "space" in has) for path, has in found.items()}
     return [path for path in masks if rank[path] == min(rank.values())]
 
 
