@@ -37,9 +37,9 @@ class UNet(nn.Module):
 
     `widths` are the channels of the five scales, finest first. On the way down a scale is a convolution of stride 2 and another one (the finest
     one alone), then a layer of squeeze-and-excitation (Hu et al. 2018) with `squeeze`, then the module that `context` has for it (0 the
-    finest). On the way up see `Up`. With `borders` the finest map m of the decoder is seen once more as m (1 + sigmoid(e)), e a convolution of m with
-    one channel, by a head of its own, whose logits are the network's: the boundary loss, which sees these alone, teaches e where borders are.
-    Without, they are those of the finest scale. While `checkpointing`, the backward pass computes every scale again instead of keeping it.
+    finest). On the way up see `Up`. With `borders` a head of one channel e on the decoder's finest map m opens it to the last
+    head, which sees m (1 + sigmoid(e)) and gives the network's logits: e learns from the boundary loss, which sees these alone. Without, they
+    are those of the finest scale. While `checkpointing`, the backward pass computes every scale again instead of keeping it.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...], act: str = "relu", squeeze: bool = False,
@@ -51,7 +51,7 @@ class UNet(nn.Module):
             for i, (a, b) in enumerate(zip((channels, *widths), widths)))
         self.up = nn.ModuleList(Up(b, a, act, squeeze, 2 if i else 1) for i, (a, b) in enumerate(zip(widths, widths[1:])))
         self.heads = nn.ModuleList(nn.Conv3d(width, 1, 1) for width in widths[:-1])
-        self.edge, self.last = (nn.Conv3d(widths[0], 1, 3, padding=1), nn.Conv3d(widths[0], 1, 1)) if borders else (None, None)
+        self.edge, self.last = (nn.Conv3d(widths[0], 1, 1), nn.Conv3d(widths[0], 1, 1)) if borders else (None, None)
         for head in (*self.heads, self.last):
             if head is not None:
                 nn.init.constant_(head.bias, _PRIOR)
