@@ -57,11 +57,13 @@ overrides: str = ""  # settings of all networks to change, the way notebook 01 s
 from pathlib import Path
 
 from wmhlib import charts, cohort, compare, minisam, presets, report
-from wmhlib.bench import compared
+from wmhlib.bench import charts as bench
+from wmhlib.bench import compared, roofline, volumes
+from wmhlib.bench.table import shown
 from wmhlib.volumetric import study
 from wmhlib.workspace import RunFolder, read_table, write_table
 
-out, recipe = Path(out_dir or f"{root}/{preset}_networks"), presets.preset(preset)
+out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks"), presets.preset(preset), study.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, recipe).recipe(preset)
 named, drawn = study.systems(networks), tuple(int(seed) for seed in seeds.split())
@@ -73,6 +75,27 @@ print(f"{len(named)} networks x {len(drawn)} seeds on {(run.cases().split == 'tr
 
 # %%
 compared.tell(study.network_table(recipe, named), study.caption("networks"))
+
+# %% [markdown]
+# ## What a state space costs
+#
+# The third network reads the coarse maps as tokens, at a cost linear in their number; attention's is quadratic.
+
+# %%
+costs = volumes.token_costs(plan.tokens, repetitions=plan.repetitions)
+write_table(costs, out / "tokens.csv")
+machine = roofline.machine(256, 1, "cpu")
+bench.show(volumes.token_figure(costs), out, "tokens", machine)
+
+# %% [markdown]
+# ## Speed
+#
+# Against MONAI's networks of as many parameters, all in turns in one run.
+
+# %%
+speed = volumes.speed(plan.side, repetitions=plan.repetitions, precision=recipe.training.precision, networks=list(named))
+write_table(speed, out / "speed.csv")
+bench.tell(shown(speed), "volumes", machine)
 
 # %% [markdown]
 # ## Training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +50,25 @@ CAPTIONS = {
         "The best network as files that need none of this library, for patches of the recipe's size; error: the largest difference of the logits from those of the network, of which 1e-4 is "
         "the most that is let through.",
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much notebook 09 measures for a preset: `tokens` of the two blocks, `side` of the cubes that networks race on, `repetitions`."""
+
+    tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    side: int = 64
+    repetitions: int = 3
+
+
+PLANS = {"stroke": Plan(side=96), "stroke-demo": Plan(), "stroke-smoke": Plan((64, 128), 32, 1)}
+
+
+def plan(preset: str) -> Plan:
+    """The plan of `preset`; RecipeError for one that has none."""
+    if preset not in PLANS:
+        raise RecipeError(f"notebook 09 has no preset {preset!r}: known are {', '.join(PLANS)}")
+    return PLANS[preset]
 
 
 def systems(names: str = "") -> dict[str, str]:
