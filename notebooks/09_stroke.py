@@ -93,7 +93,7 @@ bench.show(volumes.token_figure(costs), out, "tokens", machine)
 # Against MONAI's networks of as many parameters, all in turns in one run.
 
 # %%
-speed = volumes.speed(plan.side, repetitions=plan.repetitions, precision=recipe.training.precision, networks=list(named))
+speed = volumes.speed(plan.side, repetitions=plan.repetitions, precision=recipe.training.precision, networks=plan.raced)
 write_table(speed, out / "speed.csv")
 bench.tell(shown(speed), "volumes", machine)
 

@@ -395,7 +395,7 @@ def _read_description(path: Path, seeds: Seeds) -> None:
     try:
         bids.write_dataset(path.parent, {})
     finally:
-        for name in ("README", f"{bids._NAME}_lesions.json", ".bidsignore"):
+        for name in ("README", f"{bids.WMH.entities}_lesions.json", ".bidsignore"):
             (path.parent / name).unlink(missing_ok=True)
         path.write_bytes(before)
 

@@ -1,14 +1,18 @@
 """Runs on strokes end to end: notebook 09, and one network through the ordinary notebooks."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from wmhlib import suite
+from wmhlib import compare, search, suite
+from wmhlib.engine import WMHInferenceEngine
+from wmhlib.figures import save_figure
 from wmhlib.presets import preset
 from wmhlib.volumetric import study
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder, read_table, write_atomic
 
 TINY = "training.epochs=1 training.warmup_epochs=0 volume.patches=1"
 
@@ -49,12 +53,15 @@ def test_every_network_of_a_recipe_counts_its_own_parameters():
     assert counts.is_unique and np.all((4e6 < counts) & (counts < 11e6))
 
 
-def test_a_run_on_strokes_goes_through_the_ordinary_notebooks_in_the_words_of_strokes(networks, tmp_path, capsys):
-    run = RunFolder(tmp_path / "run").open(preset("stroke-smoke", TINY + " seed=42")).take_cases(RunFolder(networks / "cases"))
-    for name in suite.NOTEBOOKS[2:]:
-        suite.execute(name, run.notebooks / f"{name}.ipynb", {"preset": "stroke-smoke", "run_dir": str(run.path)})
-    page = "\n".join(output.get("data", {}).get("text/markdown", "") for cell in __import__("nbformat").read(run.notebooks / "05_report.ipynb", 4).cells
-                     for output in cell.get("outputs", []))
-    assert "T1w z-score" in "".join(suite.pages.export_html(run.notebooks / "05_report.ipynb", tmp_path / "page.html").read_text())
-    assert "attention gates" in page and "Tversky" in page and "FLAIR" not in page and "hyperintens" not in page
-    assert read_table(run.metrics_csv).system.nunique() == 4
+def test_a_run_on_strokes_is_searched_and_reported_in_the_words_of_strokes(networks, tmp_path, capsys):
+    run = RunFolder(compare.cell(networks / "cells", "attention", 0).path)
+    point, validation = search.search(WMHInferenceEngine.from_run(run).cases(run, "val", False), run.recipe().operating)
+    write_atomic(run.operating_point, json.dumps(search.choose(point, validation)))
+    for name in ("training_curves", "search_heatmap"):
+        save_figure(Figure(), run.figures / f"{name}.png")
+    page = suite.report(run).read_text()
+    text = re.sub(r"<(style|script).*?</\1>|<[^>]*>", "", page, flags=re.S)
+    assert "T1w z-score" in text and "attention gates" in text and "Tversky" in text and "synthetic T1w scans" in text
+    assert not re.search(r"FLAIR|hyperintens|SAM's image encoder", text)
+    metrics = read_table(run.metrics_csv)
+    assert metrics.system.nunique() == 4 and set(metrics.case) == set(run.cases().query("split == 'test'").case)

@@ -54,14 +54,15 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much notebook 09 measures for a preset: `tokens` of the two blocks, `side` of the cubes that networks race on, `repetitions`."""
+    """How much notebook 09 measures for a preset: `tokens` of the two blocks, `side` of the cubes that the networks `raced` see, `repetitions`."""
 
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     side: int = 64
     repetitions: int = 3
+    raced: tuple[str, ...] = NETWORKS
 
 
-PLANS = {"stroke": Plan(side=96), "stroke-demo": Plan(), "stroke-smoke": Plan((64, 128), 32, 1)}
+PLANS = {"stroke": Plan(side=96), "stroke-demo": Plan(), "stroke-smoke": Plan((64, 128), 32, 1, ("attention",))}
 
 
 def plan(preset: str) -> Plan:
