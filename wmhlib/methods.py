@@ -94,6 +94,7 @@ class Story:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
         parts, images, whole = self.trained_on.split.value_counts(), recipe.inputs.images, bool(recipe.volume.network)
+        zones = not images and (recipe.inputs.modalities != ("t1",) or (self.evaluated.get("ventricles", pd.Series(dtype=str)) != "").any())
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
@@ -122,7 +123,7 @@ class Story:
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
             "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). "
-            f"{_ZONES * (not images)}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            f"{_ZONES * zones}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
         return words(self.data)(text)
 

@@ -106,13 +106,13 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
-    """Displays `table`, unless it is empty, with its caption, in the words of `data`."""
+    """Displays `table` with its caption, in the words of `data`."""
     from IPython.display import Markdown, display
 
     word = words(data)
-    if table.empty:  # the zones around ventricles, where none are given
-        return
     if word is not str:
+        if table.empty:  # the zones around ventricles, where there are none
+            return
         named = table.index if table.index.name == "case" else table.index.map(word)
         table = table.set_axis(named.rename(word(table.index.name or "")), axis=0).rename(columns=word)
     display(table, Markdown(caption(name, data, n)))
