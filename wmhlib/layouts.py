@@ -32,7 +32,8 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
 
     `place` is a folder in the challenge's layout or BIDS (or both), any other folder of NIfTI files with FLAIR (T1) in their
     names, one NIfTI file, a table, or a folder with a `cases.csv`. A table has the columns subject, site, flair, mask, t1,
-    and if wanted session, ventricles, group (a T1w scan may stand in either of flair and t1); its paths are absolute or start at its folder. Where the scans need not be
+    and if wanted session, ventricles, group (a T1w scan may stand in either of flair and t1); its paths are absolute or
+    start at its folder. Where the scans need not be
     `labelled`, masks are not looked at, and a table needs subject and flair alone: its files may be missing, an empty site
     is the folder's name and an empty subject the file's, and rows that cannot be used are left out and named.
     Hidden folders, `sourcedata` and `code` are passed over, and so is what this library wrote itself (`GeneratedBy` in

@@ -59,8 +59,8 @@ def load_cases(rows: pd.DataFrame, prepare: Callable[[Any], tuple[Tensor, Tensor
 
     The tensors are maps of a temporary file (in `tempfile.gettempdir()`, which TMPDIR moves) of 2 M + 1 bytes a voxel. The system keeps of it in memory
     what there is room for. Where that folder is itself memory (tmpfs) they stay there. The file has no name, so that nothing is left however this
-    process ends. Processes that train together read a share of the cases each, and those on one machine map each other's files (on Linux; elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the
-    disk has no room.
+    process ends. Processes that train together read a share of the cases each, and those on one machine map each other's files (on Linux;
+    elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the disk has no room.
     """
     near = _on_this_machine(os.getpid())
     with tempfile.TemporaryFile() as file:
