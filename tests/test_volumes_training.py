@@ -75,6 +75,7 @@ def test_memory_is_counted_for_patches_and_a_device_too_small_for_one_is_named(m
     small, large = (preset("smoke", f"{OVERRIDES} volume.patch={patch}") for patch in ("[32,32,32]", "[32,48,32]"))
     assert hardware.estimate(large, 1, False, "no") > 1.3 * hardware.estimate(small, 1, False, "no")
     assert hardware.estimate(large, 2, False, "no") > 1.5 * hardware.estimate(large, 1, False, "no")
+    assert hardware.estimate(large, 1, True, "no") < hardware.estimate(large, 1, False, "no")
     monkeypatch.setattr(hardware, "estimate", lambda recipe, size, *_: int(3e9 * size))
     monkeypatch.setattr(hardware, "device_memory", lambda device: ("small GPU", int(4e9)))
     recipe, why = hardware.fit(large, torch.device("cuda"))

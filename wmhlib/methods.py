@@ -94,7 +94,7 @@ class Story:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
         parts, images, whole = self.trained_on.split.value_counts(), recipe.inputs.images, bool(recipe.volume.network)
-        zones = not images and (recipe.inputs.modalities != ("t1",) or (self.evaluated.get("ventricles", pd.Series(dtype=str)) != "").any())
+        zones = not images and (recipe.inputs.modalities != ("t1",) or any(self.evaluated.get("ventricles", "")))
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [

@@ -229,10 +229,9 @@ def _conclude(run: RunFolder, seconds: float) -> None:
 def _results(folder: RunFolder, recipe: Recipe) -> None:
     from .cohort import describe  # imports torch, which the notebooks' own processes need and this one does not
     from .report import results_text
-    from .wording import words
 
-    word = words(describe(read_table(folder.cohort_csv), recipe.inputs))
-    print(f"\n{word(results_text(read_table(folder.metrics_csv), recipe.seed))}\n")
+    data = describe(read_table(folder.cohort_csv), recipe.inputs)
+    print(f"\n{results_text(read_table(folder.metrics_csv), recipe.seed, data)}\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
                  "page")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
-             "connected-components-3d", "nilearn")
+             "connected-components-3d", "nilearn", "monai", "transformers")
 
 
 @dataclass(frozen=True)
