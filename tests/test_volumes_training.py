@@ -38,7 +38,8 @@ def test_volumes_train_by_the_same_loop_and_their_weights_load_again(new_run):
 
 
 def test_a_run_of_volumes_that_was_interrupted_ends_bit_for_bit_as_one_that_was_not(new_run, monkeypatch):
-    whole, stopped, validate, epochs = new_run("whole"), new_run("stopped"), training.validate, iter(range(3))
+    two, validate, epochs = f"{OVERRIDES} inputs.modalities=['flair','t1'] inputs.modality_dropout=0.5", training.validate, iter(range(3))
+    whole, stopped = new_run("whole", two), new_run("stopped", two)
     training.fit(whole, progress=False)
 
     def interrupted(*rest):

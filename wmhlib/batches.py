@@ -101,9 +101,9 @@ def change_greys(images: Tensor, settings: Augment, uniform: Callable[..., Tenso
 
 
 def drop_modalities(images: Tensor, inputs: Inputs, generator: torch.Generator) -> Tensor:
-    """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices."""
+    """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices, or patches."""
     if "t1" not in inputs.modalities:
         return images
-    keep = torch.rand(len(images), 1, 1, 1, generator=generator) >= inputs.modality_dropout
+    keep = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator) >= inputs.modality_dropout
     first = inputs.channels // len(inputs.modalities)
     return torch.cat([images[:, :first], images[:, first:] * keep.to(images)], 1)

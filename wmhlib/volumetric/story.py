@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..sections import Loss, Volume
+from ..sections import Loss
 from ..settings import Recipe
 
 NETWORKS = {
@@ -35,7 +35,7 @@ def network(recipe: Recipe, counts: dict) -> str:
 
 def draws(recipe: Recipe) -> tuple[str, str]:
     """What a batch counts, and what an epoch trains on."""
-    volume: Volume = recipe.volume
+    volume = recipe.volume
     return f"patches of {_voxels(volume.patch)}", f"on {volume.patches} patches of each case, {100 * volume.lesion_share:g} % of them with a lesion in the middle half"
 
 

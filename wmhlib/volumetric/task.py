@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..batches import drop_modalities
 from ..losses import total_loss
 from ..settings import Recipe
 from ..tasks import Forward, Sums
@@ -46,7 +47,8 @@ class Patches:
     def batch(self, cases: list[CaseVolume], places: list[Place], device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images and labels of a micro-batch on `device`, changed at random."""
         images, labels = (t.to(device) for t in stack_patches(cases, places, self.recipe.volume))
-        return augment_volumes(images, labels, self.recipe.augment, self.recipe.volume.spacing, generator)
+        images, labels = augment_volumes(images, labels, self.recipe.augment, self.recipe.volume.spacing, generator)
+        return drop_modalities(images, self.recipe.inputs, generator), labels
 
     def validate(self, forward: Forward, cases: list[CaseVolume], places: list[Place], mine: Callable[[int], range], device: torch.device) -> Sums:
         """The sums over `mine` of the patches, and of the cases: Dice is that over a case's whole box."""
