@@ -11,7 +11,7 @@ AGAIN := $(START) training.lr=1e-3 training.epochs=6 training.restart_epochs=5
 PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pretext.tissue=0 pretext.each=12 training.batch_size=4 \
   training.lr=8e-4 training.epochs=1 training.warmup_epochs=0 training.restart_epochs=1
 
-.PHONY: help demo test pipeline report evaluate predict score compare distill benchmark weights notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,7 +29,7 @@ report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
-predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets)
+predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets; "a b" for the mean of two runs)
 	$(SUITE) predict --run "$$RUN" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
@@ -40,6 +40,9 @@ compare: .venv/installed  ## notebook 07, adapters and parts of the recipe on eq
 
 distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder
 	$(SUITE) distill --preset "$${PRESET:-demo}" --run "$$RUN" --medsam "$$MEDSAM" --out "$$OUT" --overrides "$$OVERRIDES"
+
+stroke: .venv/installed  ## notebook 09, three networks of T1w volumes: PRESET=stroke-demo RUN=folder OUT=folder NETWORKS="attention mamba" FOLDS=5
+	$(SUITE) stroke --preset "$${PRESET:-stroke-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --networks "$$NETWORKS" --folds "$${FOLDS:-0}"
 
 benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
 	$(SUITE) benchmark --run "$${RUN:-$(DEMO)}" --out "$$OUT"

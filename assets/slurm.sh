@@ -6,7 +6,7 @@
 #     sbatch --nodes=2 --gpus-per-node=2 assets/slurm.sh runs/colab
 #
 # The recipe's effective batch is shared by all processes, so their number changes the speed and not the result. A step has
-# batch_size x accumulation slices in `accumulation` micro-batches (4 x 4 in the recipe): more processes than micro-batches
+# batch_size x accumulation slices (of volumes patches) in `accumulation` micro-batches (4 x 4 in the recipe): more processes than micro-batches
 # leave some of them idle. A job that is stopped, or runs out of time, goes on from the last checkpoint when it is sent again;
 # --requeue does that by itself after a preemption.
 

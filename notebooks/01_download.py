@@ -20,7 +20,8 @@
 #
 # Opens a run folder, brings in the cases and checks every one of them.
 # The demo preset makes its own synthetic cohort; your scans, the Kaggle mirror or DataverseNL serve the others. The preset `vessels` takes
-# images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`.
+# images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`; `stroke` takes T1w scans with masks of stroke lesions, as
+# ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`), and `stroke-demo` makes such a cohort itself.
 #
 # Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false"`.
 #
@@ -43,9 +44,9 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
-data_dir: str = ""  # your cases: a folder (challenge, Kaggle or BIDS layout, or images with masks) or a CSV table; or where a download goes; empty: <run folder>/data
+data_dir: str = ""  # your cases: a folder (challenge, Kaggle, BIDS or ATLAS layout, or images with masks) or a CSV table; or where a download goes; empty: <run folder>/data
 source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic
 medsam: str = ""  # weights of the encoder: empty for the recipe's own, zenodo to fetch MedSAM, or a checkpoint file
 seed: int = 42  # of everything random
@@ -67,7 +68,7 @@ print(f"run folder {run.path}")
 
 # %%
 folder = download.get_cohort(run, source, data_dir)
-cases = cohort.find_cases(folder)
+cases = cohort.find_cases(folder, recipe.inputs)
 print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_dict()}")
 
 # %% [markdown]
@@ -83,4 +84,4 @@ checks.drop(columns="digest")
 
 # %%
 shown = cohort.examples(cases)
-report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases), len(shown))
+report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases, recipe.inputs), len(shown))

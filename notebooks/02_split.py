@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]
@@ -76,4 +76,4 @@ print(f"{split.subject.nunique()} subjects, each in one of {', '.join(split.spli
 # Within a site the parts should span a similar range of burden; a site that is left out is all test.
 
 # %%
-report.show(figures.split_figure(split), run, "split", cohort.describe(cases), len(split))
+report.show(figures.split_figure(split), run, "split", cohort.describe(cases, recipe.inputs), len(split))

@@ -18,7 +18,7 @@
 #
 # # 3 · Training
 #
-# Trains the adapters, the decoder and the channel adapter; the encoder stays frozen.
+# Trains the adapters, the decoder and the channel adapter, the encoder staying frozen; or all of a network of volumes.
 # Stopped at any moment and run again, it goes on from the last checkpoint and ends with the same weights (on a GPU up to the order of its sums).
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]
@@ -51,7 +51,7 @@ from wmhlib import cohort, figures, report, training
 from wmhlib.workspace import RunFolder, read_table
 
 run = RunFolder(run_dir or f"{root}/{preset}")
-run.recipe(preset)
+recipe = run.recipe(preset)
 split = read_table(run.need(run.split_csv, "02_split"))
 
 # %% [markdown]
@@ -66,5 +66,5 @@ history.tail()
 # The curves tell whether training was long enough and whether it went on too long.
 
 # %%
-data, n = cohort.describe(read_table(run.cohort_csv)), (split.split == "train").sum()
+data, n = cohort.describe(read_table(run.cohort_csv), recipe.inputs), (split.split == "train").sum()
 report.show(figures.training_curves(history), run, "training_curves", data, n)

@@ -40,7 +40,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 
 # %% [markdown]
@@ -78,7 +78,7 @@ write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 # The whole grid, with the plateau, the choice and the recipe's own point marked.
 
 # %%
-data, n = cohort.describe(read_table(run.cohort_csv)), len(validation)
+data, n = cohort.describe(read_table(run.cohort_csv), recipe.inputs), len(validation)
 report.show(figures.search_heatmap(table, point, vars(recipe.operating)), run, "search_heatmap", data, n)
 
 # %% [markdown]

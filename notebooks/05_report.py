@@ -41,7 +41,7 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
 out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>
@@ -83,8 +83,8 @@ Markdown(story.heading())
 # %% [markdown]
 # ## Results
 #
-# The operating point beside the recipe's own point, the same network at 0.5 without post-processing, and a plain FLAIR
-# z-score threshold.
+# The operating point beside the recipe's own point, the same network at 0.5 without post-processing, and a plain
+# z-score threshold of the scan.
 
 # %%
 report.tell(report.results_table(results.metrics, recipe.seed), "results", data, n)
@@ -114,7 +114,7 @@ report.show(charts.bland_altman_figure(own.reference_ml, own.result_ml, own.site
 report.tell(report.volume_table(own), "volumes", data, n)
 
 # %% [markdown]
-# ## Where it fails: small burden, small lesions, deep white matter
+# ## Where it fails: by burden, lesion size and place
 
 # %%
 report.show(charts.strata_figure(results.metrics, results.lesions, results.zones, recipe.seed), out, "strata", data, n)

@@ -18,7 +18,7 @@
 #
 # # 6 · Your own scans
 #
-# Takes FLAIR scans, one or a whole cohort, and gives back their lesions: mask, probability and uncertainty on each scan's
+# Takes FLAIR scans (with a run on strokes T1w scans), one or a whole cohort, and gives back their lesions: mask, probability and uncertainty on each scan's
 # own grid, volumes in one table, a page to look at each scan. For research; it is no medical device.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
@@ -41,32 +41,32 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = ""  # your run of this recipe (colab, lean, demo, ...); empty: the weights that come with the suite
-run_dir: str = ""  # or its run folder; empty: <root>/<preset>, on Drive in Colab
-flair: str = ""  # FLAIR scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
+run_dir: str = ""  # or its run folder, or several, whose probabilities are averaged (in quotes where a path has spaces); empty: <root>/<preset>, on Drive in Colab
+flair: str = ""  # the scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
 t1: str = ""  # T1 of a single FLAIR on the same grid, for recipes that use one; empty: without, or as the folder or CSV has it
 out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: <root>/<preset or minisam>/derivatives
 
 # %% [markdown]
-# The trained network with its operating point: your run's, or the one that comes with the suite (its limits: assets/minisam/README.md).
+# The trained network with its operating point: your run's, the mean of several, or the one that comes with the suite (its limits: assets/minisam/README.md).
 
 # %%
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 
-from wmhlib import derivatives, report, scanpages, viewer
-from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import MINISAM, RunFolder
+from wmhlib import bids, derivatives, ensemble, report, scanpages, viewer
+from wmhlib.workspace import MINISAM, RunFolder, run_folders
 
-run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
+runs = run_folders(run_dir) or [RunFolder(f"{root}/{preset}") if preset else MINISAM]
+run = runs[0]
 run.recipe(preset or None)
-engine = WMHInferenceEngine.from_run(run)
+engine = ensemble.open_engine(runs)
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 
 # %% [markdown]
 # The scans. Names in BIDS form keep their subject and session; others get a subject label from the file's name.
 
 # %%
-scans = derivatives.find(flair, t1)
+scans = derivatives.find(flair, t1, engine.recipe.inputs)
 scans[["case", "flair", "t1"]]
 
 # %% [markdown]
@@ -92,9 +92,9 @@ table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "status"]].round
 # Outlines, probability, and where the network is in two minds: unsure scans before others, then those with most lesion.
 
 # %%
-shown = list(derivatives.worth_a_look(table, out))
+shown, kind = list(derivatives.worth_a_look(table, out)), bids.kind_of(engine.recipe.inputs)
 for scan in shown:
-    display(scanpages.overlay(scan), Markdown(report.caption("overlay", f"{scan['case']}, {scan['site']}")))
+    display(scanpages.overlay(scan), Markdown(report.caption("overlay", f"{kind.scan} scan {scan['case']}, {scan['site']}")))
 
 # %% [markdown]
 # The same scans, every slice.

@@ -38,9 +38,10 @@ from safetensors.torch import save as to_safetensors
 
 from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, splits, storage, volumes
 from wmhlib.errors import CheckpointError, WMHError
-from wmhlib.network import WMHNet, load_network, weights_bytes
+from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
 from wmhlib.sections import Encoder, Inputs
+from wmhlib.trained import weights_bytes
 from wmhlib.workspace import RunFolder, read_table
 
 SECONDS = 10.0  # for one input, of this machine when nothing else runs on it
@@ -394,7 +395,7 @@ def _read_description(path: Path, seeds: Seeds) -> None:
     try:
         bids.write_dataset(path.parent, {})
     finally:
-        for name in ("README", f"{bids._NAME}_lesions.json", ".bidsignore"):
+        for name in ("README", f"{bids.WMH.entities}_lesions.json", ".bidsignore"):
             (path.parent / name).unlink(missing_ok=True)
         path.write_bytes(before)
 

@@ -11,12 +11,13 @@ from wmhlib import training
 from wmhlib.adapters import Dropout, adapt, budget
 from wmhlib.errors import RecipeError
 from wmhlib.medsam import ImageEncoder, build_encoder
-from wmhlib.network import WMHNet, load_network, weights_bytes
+from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
 from wmhlib.sections import FOUR_BITS, METHODS, Adapter, Encoder
 from wmhlib.settings import Recipe
 from wmhlib.spectral import decompose
 from wmhlib.storage import load_checkpoint
+from wmhlib.trained import weights_bytes
 
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.ema=0.9 training.accumulation=2 training.batch_size=8"
 IMAGE = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))

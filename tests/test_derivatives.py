@@ -328,7 +328,7 @@ def test_paths_are_found_alone_several_and_with_spaces(scan, monkeypatch, tmp_pa
 def test_the_figure_shows_lesions_probability_and_entropy(scan, tmp_path):
     case, = derivatives.worth_a_look(run(Engine(), scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"), tmp_path / "out")
     titles = [text.get_text() for ax in OVERLAY(case).axes for text in ax.texts]
-    assert {"FLAIR", "lesions found", "probability", "entropy (bits)"} <= set(titles)
+    assert {"scan", "lesions found", "probability", "entropy (bits)"} <= set(titles)
 
 
 @pytest.mark.parametrize("flair, message", [("", "no scan is named"), ("'a.nii", "quotes"), ("a.nii b.nii", "one T1")])

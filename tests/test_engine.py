@@ -6,9 +6,10 @@ import torch
 
 from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
-from wmhlib.network import WMHNet, load_network, weights_bytes
+from wmhlib.network import WMHNet, load_network
 from wmhlib.phantom import write_cohort
 from wmhlib.presets import preset
+from wmhlib.trained import weights_bytes
 from wmhlib.volumes import load_case
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 

@@ -8,7 +8,7 @@ import torch
 from test_engine import network
 
 from wmhlib import derivatives
-from wmhlib.network import weights_bytes
+from wmhlib.trained import weights_bytes
 from wmhlib.workspace import RunFolder, read_table, write_atomic
 
 

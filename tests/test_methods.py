@@ -84,3 +84,17 @@ def test_every_adapter_is_named_with_its_paper():
     told = {method: methods._adapter(preset("smoke", f"adapter.method={method}")) for method in METHODS}
     assert len(set(told.values())) == len(METHODS)
     assert all(("et al." in text or "Kalajdzievski" in text) == (method not in ("none", "full")) for method, text in told.items())
+
+
+def test_a_network_of_volumes_is_told_as_one(run):
+    story = methods.Story.of(run, run, COUNTS)
+    story = dataclasses.replace(story, recipe=preset("stroke"), data="real T1w scans", source="real T1w scans")
+    text = story.paragraph()
+    for fact in ("cubic voxels of 1 mm, in a box of 192 x 224 x 176 voxels", "attention gates", "0.25 focal", "0.15 Tversky", "patches of 96 x 96 x 96 voxels", "overlap by 50 %",
+                 "deformed elastically by up to 6 mm", "whole validation cases", "threshold of the normalised T1w"):
+        assert fact in text, fact
+    assert "DeCarli" not in text and "vision transformer" not in text and "quarters" not in text and "T1 was left out" not in text
+    card = story.card()[""]
+    assert "encoder" not in card and "attention gates" in card["network"] and "acute" not in story.limits() and "Ventricles" in story.limits()
+    near = dataclasses.replace(story, evaluated=story.evaluated.assign(ventricles="v.nii.gz"))
+    assert "DeCarli" in near.paragraph()

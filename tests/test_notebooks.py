@@ -24,7 +24,7 @@ def tagged(cells, tag):
 
 
 def test_the_suite_is_whole():
-    assert tuple(path.stem for path in SOURCES) == (*suite.NOTEBOOKS, "06_predict", "07_compare", "08_distill", "10_benchmark")
+    assert tuple(path.stem for path in SOURCES) == (*suite.NOTEBOOKS, "06_predict", "07_compare", "08_distill", "09_stroke", "10_benchmark")
 
 
 @each_notebook

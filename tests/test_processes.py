@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -13,6 +14,7 @@ from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.processes import Average, StepStatistics
 from wmhlib.storage import load_checkpoint
+from wmhlib.workspace import read_table
 
 # Micro-batches of 3, so that two processes share 3 of a step, and a last step is left over.
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.batch_size=3 training.accumulation=3 training.ema=0.9"
@@ -41,6 +43,16 @@ def test_two_processes_go_on_to_the_weights_of_one_and_only_one_of_them_writes_a
             torch.testing.assert_close(found[part][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert max((tensor - first["network"][name]).abs().max() for name, tensor in expected["network"].items()) > 1e-3
     assert {k: pytest.approx(v, rel=1e-5, abs=1e-6, nan_ok=True) for k, v in expected["history"][1].items()} == found["history"][1]
+
+
+def test_two_processes_share_patches_and_whole_boxes_as_one_does(new_run):
+    volumes = ("volume.network=attention volume.spacing=5 volume.box=[32,48,32] volume.patch=[32,32,32] volume.patches=1 training.epochs=1 training.warmup_epochs=0 "
+               "training.batch_size=1 training.accumulation=3")
+    one, two = new_run("one", volumes), new_run("two", volumes)
+    expected = training.fit(one, progress=False)
+    done = in_two_processes(two)
+    assert done.returncode == 0 and done.stdout.count("epoch   1/1") == 1 and "patches/s" in done.stdout, done.stderr
+    pd.testing.assert_frame_equal(read_table(two.history_csv), expected, rtol=1e-4, check_dtype=False)
 
 
 def test_an_error_is_said_once_and_stops_both_processes(new_run):

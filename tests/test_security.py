@@ -17,10 +17,11 @@ from test_engine import network, origin
 from wmhlib import bids, evaluation, medsam, provenance
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
-from wmhlib.network import load_network, weights_bytes
+from wmhlib.network import load_network
 from wmhlib.presets import preset
 from wmhlib.sections import Encoder
 from wmhlib.settings import Recipe
+from wmhlib.trained import weights_bytes
 from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
 

@@ -5,7 +5,7 @@ from wmhlib.presets import preset
 from wmhlib.settings import Recipe
 
 
-@pytest.mark.parametrize("name", ["colab", "lean", "original", "demo", "smoke"])
+@pytest.mark.parametrize("name", ["colab", "lean", "original", "demo", "smoke", "stroke", "stroke-demo", "stroke-smoke"])
 def test_a_preset_survives_json(name):
     recipe = preset(name)
     assert recipe.name == name and Recipe.from_json(recipe.to_json()) == recipe

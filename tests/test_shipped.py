@@ -8,10 +8,11 @@ import torch
 
 from wmhlib import medsam, shipped
 from wmhlib.errors import CheckpointError, InputError
-from wmhlib.network import WMHNet, load_network, weights_bytes
+from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
 from wmhlib.promptable import load_promptable
 from wmhlib.sections import SHIPPED, Adapter, Encoder, Inputs, Pretext
+from wmhlib.trained import weights_bytes
 from wmhlib.workspace import MINISAM, RunFolder, write_atomic, write_table
 
 SMOKE = preset("smoke")

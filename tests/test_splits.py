@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
 
 from wmhlib import splits
 from wmhlib.errors import InputError, RecipeError
@@ -211,3 +212,16 @@ def test_the_table_counts_cases_and_subjects_of_each_site_and_part():
     assert table.index.tolist() == [(site, part) for site in ("A", "B", "all sites") for part in ("train", "val", "test")]
     assert table.loc["all sites"][["cases", "subjects"]].sum().tolist() == [30, 15] and (table.cases == 2 * table.subjects).all()
     assert (table.least_ml <= table.median_ml).all() and (table.median_ml <= table.most_ml).all()
+
+
+def test_the_parts_of_a_cohort_of_strokes_are_alike_in_lesion_size():
+    rng, distances = np.random.default_rng(1), {"val": [], "test": []}
+    sites = rng.multinomial(655 - 33 * 5, rng.dirichlet(np.full(33, 0.6))) + 5  # as many cases and sites as ATLAS v2.0 has
+    cases = made_up({f"R{i:03d}": int(n) for i, n in enumerate(sites)})
+    for seed in range(4):
+        cases["lesion_ml"] = np.exp(rng.uniform(np.log(0.05), np.log(200), len(cases)))
+        split = split_by(cases, f"seed={seed}", name="stroke")
+        for part, found in distances.items():
+            found.append(ks_2samp(split.lesion_ml[split.split == part], split.lesion_ml[split.split != part]).statistic)
+    assert len(cases) == 655 and abs((split.split == "test").mean() - 0.15) < 0.01 and abs((split.split == "val").mean() - 0.1) < 0.015
+    assert np.mean(distances["test"]) < 0.08 and np.mean(distances["val"]) < 0.1  # 0.10 and 0.12 if subjects were drawn at random

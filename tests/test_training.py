@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wmhlib import epochs, slicestore, training
+from wmhlib import epochs, slicestore, tasks, training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.presets import preset
 from wmhlib.sections import Training
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(new_run, monkeyp
             cases[1].images[:, broken[0][1]] = math.nan
         return cases
 
-    monkeypatch.setattr(training, "load_slices", load_slices)
+    monkeypatch.setattr(tasks, "load_slices", load_slices)
     run = new_run("run")
     with pytest.raises(WMHError, match=r"epoch 1, step \d+: the loss became nan.*failed_batch.safetensors.*lower training.lr"):
         training.fit(run, progress=False)

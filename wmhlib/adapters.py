@@ -130,12 +130,17 @@ def merge(encoder: nn.Module) -> nn.Module:
 
 
 def budget(network: nn.Module) -> dict[str, float]:
-    """Parameter counts of a WMHNet by part, and the trained share of all of them in per cent. `adapter`: what of the encoder is trained,
-    or beside it; biases, and all of an encoder trained in full, count in `encoder` too."""
-    own = network.recipe.adapter.method in ("bias", "full")
-    adapter = sum(p.numel() for p in network.encoder.parameters() if p.requires_grad)
+    """Parameter counts of a network by part, and the trained share of all of them in per cent. `adapter`: what of the encoder is trained,
+    or beside it; biases, and all of an encoder trained in full, count in `encoder` too. A network of volumes has none of these parts."""
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(_count(p) for name, p in network.named_parameters() if ".ranknum." not in name)  # AdaLoRA's note of a layer's rank
+    parts = dict.fromkeys(("encoder", "adapter", "decoder", "channel_adapter", "skip"), 0) if network.recipe.volume.network else _parts(network, total)
+    return parts | {"trainable": trainable, "total": total, "share_percent": 100 * trainable / total, "trainable_mb_fp32": 4e-6 * trainable}
+
+
+def _parts(network: nn.Module, total: int) -> dict[str, int]:
+    own = network.recipe.adapter.method in ("bias", "full")
+    adapter = sum(p.numel() for p in network.encoder.parameters() if p.requires_grad)
     rest = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("encoder."))
     return {
         "encoder": total - rest - (0 if own else adapter),
@@ -143,10 +148,6 @@ def budget(network: nn.Module) -> dict[str, float]:
         "decoder": sum(p.numel() for p in network.decoder.parameters()),
         "channel_adapter": sum(p.numel() for p in network.channel_adapter.parameters()),
         "skip": sum(p.numel() for p in network.skip.parameters()) if network.skip else 0,
-        "trainable": trainable,
-        "total": total,
-        "share_percent": 100 * trainable / total,
-        "trainable_mb_fp32": 4e-6 * trainable,
     }
 
 

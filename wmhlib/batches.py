@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -73,25 +74,36 @@ def augment(images: Tensor, labels: Tensor, settings: Augment, generator: torch.
     images = F.grid_sample(images - AIR, grid, align_corners=False)  # 0 is air from here on, and outside
     labels = F.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).byte()
 
+    def bias() -> Tensor:
+        widen = F.interpolate(torch.eye(4, device=device)[None, None], (side, 4), mode="bicubic")
+        return widen @ uniform(settings.bias_field, 1, 4, 4) @ widen.mT
+
+    return change_greys(images, settings, uniform, bias, generator).mul_(present), labels
+
+
+def change_greys(images: Tensor, settings: Augment, uniform: Callable[..., Tensor], bias: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
+    """Gamma, bias field, contrast, brightness and noise of a batch (B x C x ..., less AIR: air is 0), in place; the result in [AIR, BRIGHTEST].
+
+    `uniform(limit, *shape)` draws numbers up to `limit`, either way, for each of the batch, `bias()` the logarithm of a smooth field."""
+    one = (1,) * (images.ndim - 1)
     images /= -AIR  # brain tissue is 1
     if settings.gamma:
-        images.clamp_(min=0).pow_(torch.exp(uniform(settings.gamma, 1, 1, 1)))
+        images.clamp_(min=0).pow_(torch.exp(uniform(settings.gamma, *one)))
     if settings.bias_field:
-        widen = F.interpolate(torch.eye(4, device=device)[None, None], (side, 4), mode="bicubic")
-        images *= torch.exp(widen @ uniform(settings.bias_field, 1, 4, 4) @ widen.mT)
-    contrast, brightness = 1 + uniform(settings.contrast, 1, 1, 1), uniform(settings.brightness, 1, 1, 1)
+        images *= torch.exp(bias())
+    contrast, brightness = 1 + uniform(settings.contrast, *one), uniform(settings.brightness, *one)
     images.mul_(-AIR * contrast).add_(AIR * contrast + brightness)
     if settings.noise:
-        deviation = uniform(settings.noise, 1, 1, 1).abs()
-        own = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        images += deviation * torch.randn(images.shape, generator=own, device=device)
-    return images.clamp_(AIR, BRIGHTEST).mul_(present), labels
+        deviation = uniform(settings.noise, *one).abs()
+        own = torch.Generator(images.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        images += deviation * torch.randn(images.shape, generator=own, device=images.device)
+    return images.clamp_(AIR, BRIGHTEST)
 
 
 def drop_modalities(images: Tensor, inputs: Inputs, generator: torch.Generator) -> Tensor:
-    """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices."""
+    """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices, or patches."""
     if "t1" not in inputs.modalities:
         return images
-    keep = torch.rand(len(images), 1, 1, 1, generator=generator) >= inputs.modality_dropout
+    keep = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator) >= inputs.modality_dropout
     first = inputs.channels // len(inputs.modalities)
     return torch.cat([images[:, :first], images[:, first:] * keep.to(images)], 1)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -16,35 +17,60 @@ import pandas as pd
 from . import __version__
 from .errors import InputError
 from .layouts import stem
+from .sections import Inputs
 from .workspace import write_atomic
 
 TABLE, INDEX = "wmh_volumes.csv", "index.html"  # of all scans, at the top
 _DESCRIPTION = "dataset_description.json"
-_NAME = "space-FLAIR_label-WMH"
 # An entropy is no probability of a segmentation, and BIDS has no suffix for it; stat-<label>_statmap is that of BIDS Stats Models.
 _ENDINGS = {"mask": "mask.nii.gz", "probability": "probseg.nii.gz", "entropy": "stat-entropy_statmap.nii.gz",
             "lesions": "lesions.tsv", "thumbnail": "thumbnail.jpg", "page": "report.html"}
 _NOT_BIDS = "*_lesions.*\n*_statmap.*\n*_thumbnail.jpg\n*.html\n/*.csv\n"
-_FLAIR = re.compile(r"(sub-[A-Za-z0-9+]+)(_ses-[A-Za-z0-9+]+)?((?:_[a-z]+-[A-Za-z0-9+]+)*)_FLAIR")
+_SCAN = re.compile(r"(sub-[A-Za-z0-9+]+)(_ses-[A-Za-z0-9+]+)?((?:_[a-z]+-[A-Za-z0-9+]+)*)_(?:FLAIR|T1w)")
 _OWN_ENTITIES = re.compile(r"_(?:space|res|den|label|desc|stat)-[A-Za-z0-9+]+")  # results have their own
-_NO_SUBJECT = ("", "pre", "orig", "anat")
+_NO_SUBJECT, _CONTRASTS = ("", "pre", "orig", "anat"), ("flair", "t1w")
 _LESION_COLUMNS = {
     "lesion": ("", "26-connected component of the mask, largest first"), "voxels": ("", "voxels"),
     "volume_mm3": ("mm^3", "volume"), "volume_ml": ("mL", "volume"), "x_mm": ("mm", "centroid, to the patient's right (RAS)"),
     "y_mm": ("mm", "centroid, to anterior"), "z_mm": ("mm", "centroid, to superior"),
     "mean_prob": ("", "mean probability over its voxels"), "max_prob": ("", "highest probability")}
-_README = """White matter hyperintensities found by wmhlib: mask, probability, entropy (bits) on each FLAIR's own grid, a table of
+_README = """{lesions} found by wmhlib: mask, probability, entropy (bits) on each {scan}'s own grid, a table of
 lesions and a page to look at. wmh_volumes.csv has a row for each scan, index.html shows them all. The JSON sidecar of a
 mask says what it was made of and with. For research; not made by a medical device.
 """
 
 
-def paths(out: Path, name: str) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Kind:
+    """What the results of a dataset are of: the entities in their file names, and words."""
+
+    entities: str
+    scan: str
+    lesion: str
+    lesions: str
+
+
+WMH = Kind("space-FLAIR_label-WMH", "FLAIR", "white matter hyperintensity", "White matter hyperintensities")
+STROKE = Kind("space-T1w_label-lesion", "T1w", "stroke lesion", "Stroke lesions")
+
+
+def kind_of(inputs: Inputs) -> Kind:
+    """Of the results of a network with these `inputs`."""
+    return STROKE if inputs.modalities == ("t1",) else WMH
+
+
+def paths(out: Path, name: str, kind: Kind = WMH) -> dict[str, Path]:
     """Where the results of the scan `name` (sub-01_ses-02_run-1) lie below `out`: mask, probability, entropy (NIfTI),
     lesions (TSV), thumbnail (JPEG) and page (HTML)."""
     session = re.search(r"_(ses-[^_]+)", name)
     folder = out / name.split("_")[0] / (session[1] if session else "") / "anat"
-    return {key: folder / f"{name}_{_NAME}_{ending}" for key, ending in _ENDINGS.items()}
+    return {key: folder / f"{name}_{kind.entities}_{ending}" for key, ending in _ENDINGS.items()}
+
+
+def beside(page: Path) -> dict[str, Path]:
+    """The same of the scan whose page is `page`."""
+    start = page.name.removesuffix(_ENDINGS["page"])
+    return {key: page.with_name(start + ending) for key, ending in _ENDINGS.items()}
 
 
 def sidecar(image: Path) -> Path:
@@ -52,16 +78,16 @@ def sidecar(image: Path) -> Path:
     return image.with_name(image.name.removesuffix(".nii.gz") + ".json")
 
 
-def read_sidecars(out: Path) -> dict[str, dict]:
+def read_sidecars(out: Path, kind: Kind = WMH) -> dict[str, dict]:
     """The sidecar of every mask below `out`, by the scan's name; one that is no JSON object is passed over."""
     found = {}
-    for path in sorted(out.glob(f"sub-*/**/anat/sub-*_{_NAME}_mask.json")):
+    for path in sorted(out.glob(f"sub-*/**/anat/sub-*_{kind.entities}_mask.json")):
         try:
             content = json.loads(path.read_text())
         except (ValueError, RecursionError):
             continue
         if isinstance(content, dict):
-            found[path.name.split(f"_{_NAME}")[0]] = content
+            found[path.name.split(f"_{kind.entities}")[0]] = content
     return found
 
 
@@ -98,32 +124,36 @@ def uri(flair: str, links: dict[Path, str]) -> str:
     return f"bids:{links[root]}:{Path(flair).relative_to(root).as_posix()}"
 
 
-def write_dataset(out: Path, links: dict[Path, str]) -> None:
+def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
     """The files at the top of the dataset: description, README, the columns of the lesion tables, what is not BIDS.
 
-    Raises InputError, and writes nothing, where `out` is a dataset that something else made.
+    Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind.
     """
-    if (out / _DESCRIPTION).exists() and b'"Name": "wmhlib"' not in (out / _DESCRIPTION).read_bytes():
+    before = (out / _DESCRIPTION).read_bytes() if (out / _DESCRIPTION).exists() else b""
+    other = next((some.lesions for some in (WMH, STROKE) if some != kind and f'"Name": "{some.lesions}"'.encode() in before), "")
+    if other:
+        raise InputError(f"{out} holds results on another kind of scan ({other}): choose another folder for the results")
+    if before and b'"Name": "wmhlib"' not in before:
         raise InputError(f"{out} holds another dataset ({_DESCRIPTION} is not of wmhlib): choose another folder for the results")
     places = {name: Path(os.path.relpath(root, out)).as_posix() for root, name in links.items()}
     description = {
-        "Name": "White matter hyperintensities", "BIDSVersion": "1.10.0", "DatasetType": "derivative",
+        "Name": kind.lesions, "BIDSVersion": "1.10.0", "DatasetType": "derivative",
         "GeneratedBy": [{"Name": "wmhlib", "Version": __version__, "CodeURL": "https://github.com/wmh-lora/wmh-lora"}],
         "SourceDatasets": [{"URL": place} for place in places.values()], "DatasetLinks": places}
     columns = {name: {"Description": text} | ({"Units": unit} if unit else {}) for name, (unit, text) in _LESION_COLUMNS.items()}
-    for name, content in {_DESCRIPTION: json.dumps(description, indent=2) + "\n", "README": _README,
-                          f"{_NAME}_lesions.json": json.dumps(columns, indent=2) + "\n", ".bidsignore": _NOT_BIDS}.items():
+    for name, content in {_DESCRIPTION: json.dumps(description, indent=2) + "\n", "README": _README.format(lesions=kind.lesions, scan=kind.scan),
+                          f"{kind.entities}_lesions.json": json.dumps(columns, indent=2) + "\n", ".bidsignore": _NOT_BIDS}.items():
         write_atomic(out / name, content)
 
 
 def _entities(scan: dict) -> tuple[str, str]:
     """Subject (sub-01) and further entities (_ses-02_run-1) of the results of a scan."""
     path = Path(scan["flair"])
-    if bids := _FLAIR.fullmatch(stem(path)):
+    if bids := _SCAN.fullmatch(stem(path)):
         return bids[1], (bids[2] or "") + _OWN_ENTITIES.sub("", bids[3])
     subject, session = (str(scan.get(key, "")).removeprefix(key[:3] + "-") for key in ("subject", "session"))
     parts = [re.split(r"[^A-Za-z0-9]+", part) for part in (subject, stem(path), *reversed(path.parent.parts))]
-    labels = ["".join(word for word in words if word.lower() != "flair") for words in parts]
+    labels = ["".join(word for word in words if word.lower() not in _CONTRASTS) for words in parts]
     subject, session = next((label for label in labels if label.lower() not in _NO_SUBJECT), "scan"), _plain(session)
     return f"sub-{subject}", f"_ses-{session}" if session else ""
 

@@ -21,27 +21,29 @@ SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how
 _FILES = ("flair", "t1", "mask", "ventricles")
 _THICK_MM, _ANISOTROPY = 8.0, 6.0  # from here on a scan's slices count as thick, its voxels as long
 _EXTENT_MM = (80.0, 140.0, 140.0)  # a head's height, width and length are longer
-_MOST_ML = 200.0  # of lesion, in the worst of cases
+_MOST_ML = {"flair": 200.0, "t1": 500.0}  # of lesion, in the worst of cases: white matter, stroke
 _SHARED = 0.1  # of the lesion that may lie in the ventricle mask, since borders are drawn twice
 
 
-def find_cases(place: str | Path) -> pd.DataFrame:
+def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     """The labelled cases at `place` (any layout of `layouts.candidates`, or images of `images.candidates`), one row each, ordered by site and case.
 
     Columns, all text: case (unique), subject (who was scanned: `sub-*` in BIDS, the case itself in the challenge, as given in
     a table), site (the folder above the case; in BIDS the participant's site, or the dataset's name), flair, t1, mask and
-    ventricles (absolute paths, "" if none; flair is the image where it is one), group ("training", "val", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
+    ventricles (absolute paths, "" if none; flair is the image where it is one, and the T1w scan where `inputs` are T1 alone), group ("training", "val", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
     Raises InputError, with every case it concerns, for no labelled case, two files for one role, two cases of one name or file.
     """
-    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, labelled=True), _FILES, place)
+    contrast = _contrast(inputs)
+    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), _FILES, place, contrast)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
         more = " ..." if len(unlabelled) > 3 else ""
         print(f"left out {len(unlabelled)} scans without a mask: {', '.join(unlabelled[:3])}{more}", flush=True)
     cases = cases[cases["mask"] != ""].reset_index(drop=True)
     if cases.empty:
-        raise InputError(f"no labelled cases in {place} ({len(unlabelled)} scans without a mask): expected <site>/<id>/wmh.nii.gz "
-                         "with <site>/<id>/pre/FLAIR.nii.gz, BIDS with masks under derivatives/, or a table cases.csv")
+        beside = "_label-L_desc-T1lesion_mask beside each _T1w" if contrast == "t1" else "<site>/<id>/wmh.nii.gz with <site>/<id>/pre/FLAIR.nii.gz"
+        raise InputError(f"no labelled cases in {place} ({len(unlabelled)} scans without a mask): expected {beside}, "
+                         "BIDS with masks under derivatives/, or a table cases.csv")
     sites = cases.groupby("subject")["site"].unique()
     shared = [f"{subject} ({', '.join(found)})" for subject, found in sites.items() if len(found) > 1]
     if shared:
@@ -51,13 +53,14 @@ def find_cases(place: str | Path) -> pd.DataFrame:
     return cases[["case", "subject", "site", *_FILES, "group", "origin"]]
 
 
-def find_scans(place: str | Path) -> pd.DataFrame:
+def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     """The scans at `place`, labelled or not, in any layout of `layouts.candidates`, one row each, ordered by site and case.
 
     Columns, all text: case (unique), subject, session ("" if none), site, flair, t1 (absolute paths; "" if no T1 on the
-    FLAIR's grid is known). Raises InputError where there is no scan, or two of one name.
+    FLAIR's grid is known; where `inputs` are T1 alone, flair is the T1w scan). Raises InputError where there is no scan, or two of one name.
     """
-    scans = _resolved(layouts.candidates(place, labelled=False), ("flair", "t1"), place)
+    contrast = _contrast(inputs)
+    scans = _resolved(layouts.candidates(place, False, contrast), ("flair", "t1"), place, contrast)
     return scans[["case", "subject", "session", "site", "flair", "t1"]]
 
 
@@ -100,16 +103,26 @@ def examples(cases: pd.DataFrame) -> list[dict]:
              "reference": volumes.load_mask(row["mask"], like=flair), "image": images.is_image(row["flair"])} for row, flair in loaded]
 
 
-def describe(cases: pd.DataFrame) -> str:
-    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both; of images "synthetic images" or "images"."""
+def describe(cases: pd.DataFrame, inputs: Inputs | None = None) -> str:
+    """What the cases of a cohort table are, for captions: "synthetic cases", "real scans" or both; of images "synthetic images" or "images"; where
+    `inputs` are T1 alone "synthetic T1w scans", "real T1w scans" or both."""
     origins = tuple(cases["origin"].unique())
     if cases["flair"].map(images.is_image).all():
         return "synthetic images" if origins == ("synthetic",) else "images"
+    if _contrast(inputs) == "t1":
+        return {("synthetic",): "synthetic T1w scans", ("real",): "real T1w scans"}.get(origins, "real and synthetic T1w scans")
     return {("synthetic",): "synthetic cases", ("real",): "real scans"}.get(origins, "real and synthetic cases")
 
 
-def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path) -> pd.DataFrame:
+def _contrast(inputs: Inputs | None) -> str:
+    return "t1" if inputs and inputs.modalities == ("t1",) else "flair"
+
+
+def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, contrast: str) -> pd.DataFrame:
     """The candidates as a table, one file for each role; raises InputError where that cannot be."""
+    if not rows and contrast == "t1":
+        raise InputError(f"no T1w scans in {place}: expected BIDS (sub-*/ses-*/anat/*_T1w.nii.gz, in folders of sites or not), "
+                         "a table cases.csv, or NIfTI files with T1 in their names")
     if not rows:
         raise InputError(f"no FLAIR scans in {place}: expected <site>/<id>/pre/FLAIR.nii.gz, BIDS (sub-*/anat/*_FLAIR.nii.gz), "
                          "a table cases.csv, or NIfTI files with FLAIR in their names; of images the folders images and masks with data_split.csv")
@@ -147,8 +160,10 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs) -> dict:
     if inputs.images:
         notes = [] if voxels.get(1) else ["nothing is marked"]
     else:
-        notes = _t1_notes(row.get("t1", ""), flair) + _mask_notes(case, voxels, lesion_ml, inputs)
-        notes += _ventricle_notes(row.get("ventricles", ""), case) + _geometry_notes(flair)
+        alone = _contrast(inputs) == "t1"
+        notes = [] if alone else _t1_notes(row.get("t1", ""), flair)
+        notes += _mask_notes(case, voxels, lesion_ml, inputs) + _ventricle_notes(row.get("ventricles", ""), case)
+        notes += _geometry_notes(flair, axial=not alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
             "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
             "labels": ", ".join(f"{label}: {n}" for label, n in voxels.items()), "lesion_ml": lesion_ml,
@@ -170,7 +185,7 @@ def _beside(path: str, flair: volumes.Volume) -> tuple[volumes.Volume | None, st
     try:
         volumes.check_grid(path, other.image, flair)
     except InputError:
-        return None, "lies on another grid than the FLAIR"
+        return None, "lies on another grid than the scan"
     return other, ""
 
 
@@ -185,7 +200,7 @@ def _mask_notes(case: volumes.Case, voxels: dict[int, int], lesion_ml: float, in
     outside = int(lesion.sum() - lesion[max(0, x): max(0, x + width), max(0, y): max(0, y + height)].sum())
     notes = ["no lesion"] if not voxels.get(1) else []
     notes += [f"{voxels[2]} voxels of other pathology, ignored"] if voxels.get(2) else []
-    notes += [f"{lesion_ml:.0f} mL of lesion: is this a mask of lesions?"] if lesion_ml > _MOST_ML else []
+    notes += [f"{lesion_ml:.0f} mL of lesion: is this a mask of lesions?"] if lesion_ml > _MOST_ML[_contrast(inputs)] else []
     notes += [f"{outside} lesion voxels outside the {inputs.fov:g} mm that are looked at: set inputs.fov higher"] if outside else []
     return notes
 
@@ -199,10 +214,10 @@ def _ventricle_notes(path: str, case: volumes.Case) -> list[str]:
     return [f"{share:.0%} of the lesion voxels lie in the ventricle mask"] if share > _SHARED else []
 
 
-def _geometry_notes(flair: volumes.Volume) -> list[str]:
+def _geometry_notes(flair: volumes.Volume, axial: bool) -> list[str]:
     codes, spacing = _codes(flair), np.array(flair.spacing)
     extent = dict(zip(("LRPAIS".index(code) // 2 for code in codes), spacing * flair.data.shape))
-    notes = ["not acquired in axial slices"] if codes[2] not in "SI" else []
+    notes = ["not acquired in axial slices"] if axial and codes[2] not in "SI" else []
     if spacing.max() >= _THICK_MM or spacing.max() >= _ANISOTROPY * spacing.min():
         notes.append(f"slices {spacing.max():.1f} mm apart: small lesions fall between them")
     least = zip((2, 0, 1), ("high", "wide", "long"), _EXTENT_MM)

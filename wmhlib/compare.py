@@ -17,15 +17,16 @@ from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
-from .metrics import SCORES, challenge_scores
-from .network import weights_bytes
+from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
 from .settings import Recipe
+from .trained import weights_bytes
 from .training import fit
 from .volumes import load_case
 from .workspace import RunFolder, read_table, write_table
 
 RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
+VOLUMES = ("reference_ml", "result_ml")
 BASELINE, WITH_T1, WITH_NEIGHBOURS = "recipe", "with T1", "with neighbours"  # of the ablations
 ABLATIONS = {  # what each changes in the recipe
     BASELINE: "",
@@ -106,8 +107,8 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
 
     `named` gives each system's overrides of the recipe of `run`, after `overrides`, those of all. A cell is a run folder of its own in
     `folder`; one that was interrupted goes on. `share` "i/n" does every n-th cell from the i-th alone, so that n jobs share the grid; none
-    waits for another. Returns the scores of every system whose seeds are all finished, a row a test case: system, seed, case, site and the
-    challenge's five (one view at 0.5; of the system "recipe" those of all views too, as "with TTA").
+    waits for another. Returns the scores of every system whose seeds are all finished, a row a test case, as
+    `score_cases` gives it.
 
     Raises InputError where there are fewer cells than jobs, or `folder` holds cells of other cases; RecipeError where it holds those of
     another recipe.
@@ -122,7 +123,8 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
         place = cell(folder, name, seed)
         if not (place.path / "scores.csv").exists():
             fit(place, progress=False)
-            write_table(_scores(place, name, seed), place.path / "scores.csv")
+            cases = place.cases().query("split == 'test'")
+            write_table(score_cases(WMHInferenceEngine.from_run(place), cases, name, seed), place.path / "scores.csv")
     return _finished(named, seeds, folder)
 
 
@@ -132,20 +134,24 @@ def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
 
 
 def _finished(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
-    found = [pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES])]
+    found = [pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES, *VOLUMES])]
     for name in named:
         paths = [cell(folder, name, seed).path / "scores.csv" for seed in seeds]
         found += map(read_table, paths) if all(path.exists() for path in paths) else []
     return pd.concat(found[1:] or found, ignore_index=True)
 
 
-def _scores(place: RunFolder, name: str, seed: int) -> pd.DataFrame:
-    engine, rows = WMHInferenceEngine.from_run(place), []
-    for row in place.cases().query("split == 'test'").itertuples():
+def score_cases(engine: WMHInferenceEngine, cases: pd.DataFrame, name: str, seed: int) -> pd.DataFrame:
+    """A row for each of `cases` (columns case, site, flair, t1, mask): system (`name`), seed, case, site, the challenge's five and both volumes in
+    mL, other pathology in neither; one view at 0.5, of the system "recipe" those of all views too, as "with TTA"."""
+    rows = []
+    for row in cases.itertuples():
         case = load_case(row.flair, row.t1, row.mask, engine.recipe.inputs)
         found = engine.predict(case, use_tta=name == BASELINE)
         for system, prob in ((name, found.prob), *([(TTA, found.prob_tta)] if name == BASELINE else [])):
-            rows.append(dict(system=system, seed=seed, case=row.case, site=row.site) | challenge_scores(case.mask, prob >= 0.5, case.volume.spacing))
+            mask, (lesion, ignored), spacing = prob >= 0.5, reference_parts(case.mask), case.volume.spacing
+            rows.append(dict(system=system, seed=seed, case=row.case, site=row.site) | challenge_scores(case.mask, mask, spacing)
+                        | dict(reference_ml=volume_ml(lesion, spacing), result_ml=volume_ml(mask & ~ignored, spacing)))
     return pd.DataFrame(rows)
 
 
@@ -199,8 +205,9 @@ def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataF
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Each system's mean score of each case over the seeds: a metrics table for `agreement.compare_systems`."""
-    return scores.groupby(["system", "case"], sort=False, as_index=False)[list(SCORES)].mean()
+    """Each system's mean score, and volumes, of each case over the seeds: a metrics table for `agreement` and `report`."""
+    values = [name for name in (*SCORES, *VOLUMES) if name in scores]
+    return scores.groupby(["system", "case"], sort=False, as_index=False)[values].mean()
 
 
 def pareto(table: pd.DataFrame) -> pd.Series:

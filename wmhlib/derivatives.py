@@ -32,6 +32,7 @@ from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
 from .layouts import stem
 from .metrics import lesion_table, volume_ml
+from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
 from .volumes import Volume, load_case, load_mask, load_volume, save_like
 from .workspace import RunFolder, natural, sha256, write_atomic, write_table
@@ -42,17 +43,18 @@ COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncer
 _GRACE_S = 60.0  # longer than the main process takes to say what is wrong
 _LONGEST = timedelta(days=30)  # that one process may wait for another
 _DESCRIPTIONS = {
-    "mask": "White matter hyperintensity: 1 where the probability reaches the threshold, small components left out",
-    "probability": "Probability of white matter hyperintensity, 0 to 1",
+    "mask": "Mask of {lesion}: 1 where the probability reaches the threshold, small components left out",
+    "probability": "Probability of {lesion}, 0 to 1",
     "entropy": "Binary entropy, 0 to 1 bit, of the mean probability over the views of test-time augmentation: where the model "
                "is unsure"}
 
 
-def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
+def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = None) -> pd.DataFrame:
     """The scans that an argument names: a file, a folder (any layout of `cohort.find_scans`), a CSV table, or several.
 
     A string that is no existing path is split as a shell would, so a path with spaces stands in quotes when it is one of
-    several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR.
+    several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR; where
+    `inputs` are T1 alone, a folder or table is searched for T1w scans.
     Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, or a T1
     with more than one FLAIR.
     """
@@ -60,7 +62,7 @@ def find(flair: str | Path | list, t1: str | Path = "") -> pd.DataFrame:
     tables = [pd.DataFrame(columns=columns)]
     for item in _paths(flair):
         if item.is_dir() or item.suffix.lower() in (".csv", ".tsv"):
-            tables.append(cohort.find_scans(item)[columns])
+            tables.append(cohort.find_scans(item, inputs)[columns])
         else:
             tables.append(pd.DataFrame([[stem(item), "", "", "", str(item.absolute()), ""]], columns=columns))
     scans = pd.concat(tables, ignore_index=True)
@@ -83,7 +85,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
     Raises InputError if there is no scan, not one could be segmented, or `out` holds another dataset or one of the scans.
     """
     if scans.empty:
-        raise InputError("no scan is given: expected one FLAIR or more")
+        raise InputError("no scan is given: expected one or more")
     if engine.recipe.inputs.images:
         raise InputError("these weights are for images, not for scans: wmhlib.album segments those (make predict FLAIR=folder RUN=... calls it)")
     out = Path(os.path.abspath(Path(out).expanduser()))
@@ -92,10 +94,11 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
         if out in flair.parents or Path(os.path.realpath(out)) in Path(os.path.realpath(flair)).parents:
             raise InputError(f"{out} holds the scan {flair}, which would count as a result from then on: choose a folder for the "
                              f"results alone, such as {out / 'derivatives' / 'wmhlib'}")
-    before = provenance.done_before(out)
+    kind = bids.kind_of(engine.recipe.inputs)
+    before = provenance.done_before(out, kind)
     names = bids.name_scans(scans, {name: sidecar["FLAIR"] for name, sidecar in before.items()})
     links = bids.sources([*names, *(sidecar["FLAIR"] for sidecar in before.values())])
-    bids.write_dataset(out, links)
+    bids.write_dataset(out, links, kind)
     first, step = (processes.process_index, processes.num_processes) if processes else (0, 1)
     if processes:
         processes.wait_for_everyone()  # until all have named the scans, by what was there
@@ -105,13 +108,13 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
             name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
             try:
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
-                if not provenance.is_done(out, name, sidecar, scan["flair"], made_of):
+                if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
                     spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices without brain skipped"
-                rows.append(_row(name, sidecar))
+                rows.append(_row(name, sidecar, kind))
             except Exception as error:  # whatever is wrong with one scan, the others go on
                 reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
-                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, reason) | {"t1": scan.get("t1")})
+                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, kind, reason) | {"t1": scan.get("t1")})
             if progress:
                 print(f"[{number}/{len(scans)}] {_line(rows[-1], spent)}", flush=True)
         if processes:
@@ -119,7 +122,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
             rows = sorted(gather_object(rows), key=lambda row: place[row["flair"]])
     finally:
         if first == 0:
-            _write_overview(rows, out)
+            _write_overview(rows, out, kind)
     table = _table(rows)
     if (table["status"] == "failed").all():
         raise InputError(f"none of {len(table)} scans could be segmented; the first: {table['reason'][0]}")
@@ -138,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = torch.cuda.device_count()
     try:
         engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
-        table = predict_scans(engine, find(given.flair), given.out, processes=processes)
+        table = predict_scans(engine, find(given.flair, inputs=engine.recipe.inputs), given.out, processes=processes)
     except WMHError as error:
         if not processes.is_main_process:  # the launcher ends every process once one has ended: let the main one speak first
             time.sleep(_GRACE_S)
@@ -161,7 +164,7 @@ def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[d
     out, done = Path(out).expanduser(), table[table["status"] == "done"]
     order = done.assign(unsure=done["unsure"].fillna(False)).sort_values(["unsure", "volume_ml"], ascending=False)
     for row in order.head(n).to_dict("records"):
-        paths, scan = bids.paths(out, row["scan"]), load_volume(out / row["flair"])
+        paths, scan = bids.beside(out / row["page"]), load_volume(out / row["flair"])
         maps = (np.asarray(nibabel.load(paths[key]).dataobj, np.float32) for key in ("probability", "entropy"))
         yield _shown(row["scan"], scan, load_mask(paths["mask"], scan) == 1, *maps)
 
@@ -178,6 +181,7 @@ def _paths(flair: str | Path | list) -> list[Path]:
 
 def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: str) -> dict:
     """Writes the results of one scan, the mask's sidecar last, and returns that sidecar."""
+    kind = bids.kind_of(engine.recipe.inputs)
     prediction = engine.predict(load_case(scan["flair"], scan.get("t1"), inputs=engine.recipe.inputs))
     volume, mask = prediction.case.volume, engine.segment(prediction)
     prob = prediction.prob_tta if engine.point["tta"] else prediction.prob
@@ -187,10 +191,10 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
     result = {"volume_ml": volume_ml(mask, volume.spacing), "lesions": len(lesions), "uncertainty": uncertainty,
               "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped}
-    about = {key: {"Description": _DESCRIPTIONS[key], "Sources": [source], "SpatialReference": source} for key in maps}
+    about = {key: {"Description": _DESCRIPTIONS[key].format(lesion=kind.lesion), "Sources": [source], "SpatialReference": source} for key in maps}
     about["mask"] |= {"Type": "Lesion", "Manual": False, "FLAIR": scan["flair"], "MadeWith": made_with, "Result": result}
     shown = _shown(name, volume, mask, prob, maps["entropy"])
-    paths = bids.paths(out, name)
+    paths = bids.paths(out, name, kind)
     commit = bids.sidecar(paths["mask"])
     commit.unlink(missing_ok=True)
     for key, data in maps.items():
@@ -199,8 +203,8 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
         write_atomic(bids.sidecar(paths[key]), json.dumps(about[key], indent=2) + "\n")
     write_atomic(paths["lesions"], lesions.to_csv(sep="\t", index=False, float_format="%.6g", na_rep="n/a", lineterminator="\n"))
     write_atomic(paths["thumbnail"], scanpages.thumbnail(shown))
-    row = _relative(_row(name, about["mask"]), out)
-    write_atomic(paths["page"], scanpages.scan_page(shown, row, lesions, paths, out / INDEX))
+    row = _relative(_row(name, about["mask"], kind), out)
+    write_atomic(paths["page"], scanpages.scan_page(shown, row, lesions, paths, out / INDEX, kind))
     about["mask"]["Files"] = {path.name: sha256(path) for path in paths.values()}
     relative = {"FLAIR": os.path.relpath(scan["flair"], commit.parent)}  # so that scans and results can move together
     write_atomic(commit, json.dumps(about["mask"] | relative, indent=2) + "\n")
@@ -212,13 +216,13 @@ def _shown(name: str, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure
             "flair": volume.data, "result": mask, "prob": prob, "entropy": unsure}
 
 
-def _row(name: str, sidecar: dict, failure: str = "") -> dict:
+def _row(name: str, sidecar: dict, kind: bids.Kind, failure: str = "") -> dict:
     """The row of one scan in the table, as its sidecar tells it."""
     subject, *others = name.split("_")
     point = {key: sidecar["MadeWith"].get(key) for key in provenance.POINT[:4]}
     return {"scan": name, "subject": subject, "session": next((part for part in others if part.startswith("ses-")), ""),
             "flair": sidecar["FLAIR"], **sidecar.get("Result", {}), **point, "status": "failed" if failure else "done",
-            "reason": failure, "page": "" if failure else bids.paths(Path(), name)["page"].as_posix()}
+            "reason": failure, "page": "" if failure else bids.paths(Path(), name, kind)["page"].as_posix()}
 
 
 def _table(rows: list[dict]) -> pd.DataFrame:
@@ -234,13 +238,13 @@ def _relative(row: dict, out: Path) -> dict:
     return row | {"flair": paths[row["flair"]], "reason": reason}
 
 
-def _write_overview(rows: list[dict], out: Path) -> None:
+def _write_overview(rows: list[dict], out: Path, kind: bids.Kind) -> None:
     """Table and index of `rows` and of everything else that is done in `out`."""
     new = {row["scan"] for row in rows}
-    earlier = [_row(name, sidecar) for name, sidecar in provenance.done_before(out).items() if name not in new]
+    earlier = [_row(name, sidecar, kind) for name, sidecar in provenance.done_before(out, kind).items() if name not in new]
     table = _table([_relative(row, out) for row in sorted([*rows, *earlier], key=lambda row: natural(row["scan"]))])
     write_table(table, out / TABLE)
-    write_atomic(out / INDEX, scanpages.index_page(table, out))
+    write_atomic(out / INDEX, scanpages.index_page(table, out, kind))
 
 
 def _line(row: dict, spent: str) -> str:

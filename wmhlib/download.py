@@ -30,7 +30,7 @@ def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
         path = fetch_medsam(run.path.parent.absolute() / "weights") if weights == "zenodo" else Path(weights).expanduser().absolute()
         recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=str(path)))
         medsam.build_encoder(recipe.encoder, recipe.seed)
-    if not (recipe.encoder.checkpoint or recipe.encoder.random):
+    if not (recipe.volume.network or recipe.encoder.checkpoint or recipe.encoder.random):
         raise RecipeError(f"preset {recipe.name!r} adapts a trained encoder and none is named: set medsam to 'zenodo' or to a "
                           "checkpoint file (encoder.random=true trains on random weights)")
     return run.open(recipe)
@@ -40,7 +40,7 @@ def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
     """A folder to evaluate `run` in on the labelled cases of `data` (`cohort.find_cases`), all of them test cases: `out`, or the
     run's evaluations/<name of data>. Raises InputError for a scan that the run was trained or chosen on, and for a folder that
     holds a run, or an evaluation of other cases."""
-    folder, recipe, cases, mine = run.evaluation(data, out), run.recipe(), find_cases(data), run.cases()
+    folder, recipe, cases, mine = run.evaluation(data, out), run.recipe(), find_cases(data, run.recipe().inputs), run.cases()
     if folder.best.exists() or folder.checkpoints.exists():
         raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
     if folder.cohort_csv.exists() and not set(read_table(folder.cohort_csv).flair) & set(cases.flair):

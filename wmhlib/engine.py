@@ -1,4 +1,4 @@
-"""`WMHInferenceEngine`: from a FLAIR file to probabilities, a mask and a lesion table on the scan's own grid."""
+"""`WMHInferenceEngine`: from a scan to probabilities, a mask and a lesion table on the scan's own grid."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .canvas import from_canvas
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import filter_components, reference_parts, smallest
-from .network import WMHNet, dtype_of, load_network, native_precision
+from .network import dtype_of, load_network, native_precision
 from .sections import Inputs
+from .trained import TrainedNet
 from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
@@ -29,7 +30,8 @@ VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) fo
 @dataclass(frozen=True)
 class Prediction:
     """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view and its mean
-    over all views (TTA; without it the plain view again). `skipped`: how many slices show no brain and were not looked at."""
+    over all views (TTA; without it the plain view again). `skipped`: how many slices were not looked at, since they show no brain or lie outside
+    the box of a network of volumes."""
 
     case: Case
     prob: np.ndarray
@@ -38,13 +40,13 @@ class Prediction:
 
 
 class WMHInferenceEngine:
-    """Runs a trained network over whole scans.
+    """Runs a trained network, of slices or of volumes, over whole scans.
 
-    model: a WMHNet, of which the engine runs a merged copy (`for_inference`); device: where it runs, the GPU if there is one;
+    model: the network, of which the engine runs a merged copy (`for_inference`); device: where it runs, the GPU if there is one;
     img_size: side of the canvas in pixels, the recipe's unless given; point: operating point (threshold, min_voxels, min_mm3, tta), the recipe's unless given.
     """
 
-    def __init__(self, model: WMHNet, device: str | torch.device | None = None, img_size: int | None = None,
+    def __init__(self, model: TrainedNet, device: str | torch.device | None = None, img_size: int | None = None,
                  point: dict | None = None):
         self.recipe = model.recipe
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,11 +73,16 @@ class WMHInferenceEngine:
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
-        """Probabilities of every voxel of `case`; slices that show no brain are 0 and skipped.
+        """Probabilities of every voxel of `case`; slices that show no brain are 0 and skipped, and so is what lies outside the box of a network
+        of volumes (`volumetric.windows.predict_box`).
 
         Slices are read, predicted and written back in groups: beside the scan's own arrays no more than `operating.batch_size`
         canvases are held (or those of one slice's views), whatever the number of slices.
         """
+        if self.recipe.volume.network:
+            from .volumetric.windows import predict_box  # here, since nothing else needs MONAI
+
+            return Prediction(case, *predict_box(self._logits, case, self.recipe, self.recipe.operating.views if use_tta else 1, self.device))
         plain, mean = (np.zeros(case.grid.shape, np.float32) for _ in range(2))
         filled, context = brain_slices(case), self.recipe.inputs.context
         views = VIEWS[self.recipe.operating.views if use_tta else 1]
@@ -94,10 +101,14 @@ class WMHInferenceEngine:
     def _views(self, batch: Tensor, views: Sequence[tuple[int, bool]]) -> Tensor:
         """B x C x S x S -> probabilities views x B x S x S, each turned back; the first is the plain view."""
         turned = torch.cat([turn(batch, *view) for view in views])
-        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
-            logits = [self._network(some)[0] for some in turned.split(self.recipe.operating.batch_size)]
+        logits = [self._logits(some) for some in turned.split(self.recipe.operating.batch_size)]
         probabilities = torch.sigmoid(torch.cat(logits).float())[:, 0].unflatten(0, (len(views), -1))
         return torch.stack([unturn(x, *view) for x, view in zip(probabilities, views)])
+
+    @torch.inference_mode()
+    def _logits(self, batch: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
+            return self._network(batch)[0]
 
     def plain_mask(self, case: Case) -> np.ndarray:
         """The mask (bool) of one view at 0.5, nothing filtered or chosen: for comparisons that favour nobody."""
@@ -105,7 +116,7 @@ class WMHInferenceEngine:
 
     def predict_volume_probs(self, flair: str | Path, use_tta: bool = True,
                              t1: str | Path | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
-        """Lesion probability (float32 H x W x D in [0, 1]) of a FLAIR file, and the image whose grid it lies on."""
+        """Lesion probability (float32 H x W x D in [0, 1]) of a scan's file, and the image whose grid it lies on."""
         prediction = self.predict(load_case(flair, t1, inputs=self.recipe.inputs), use_tta)
         return prediction.prob_tta, prediction.case.volume.image
 
@@ -132,6 +143,7 @@ class WMHInferenceEngine:
             case = load_case(row.flair, row.t1, row.mask, self.recipe.inputs)
             prediction = self.predict(case)
             contrast = np.abs(case.images.mean(0)) if self.recipe.inputs.images else case.images[0]  # vessels may be dark or bright
+            contrast = -contrast if self.recipe.inputs.modalities == ("t1",) else contrast  # on T1 lesions are dark
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
                    "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast,
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,

@@ -17,21 +17,20 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
 
-from .batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
 from .checkpoints import Keeper
 from .errors import WMHError
 from .losses import total_loss
 from .monitor import Monitor
-from .network import WMHNet
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .ranks import Ranks
 from .sections import Training
 from .settings import Recipe
-from .slicestore import CaseSlices
+from .tasks import task_of
+from .trained import TrainedNet
 from .workspace import RunFolder, stable_seed
 
 _DIVERGED = 3.0  # times the lowest training loss of an epoch before: a network that collapsed, not a bad epoch
-_Places = list[tuple[int, int]]  # (case, slice)
+_Places = list[tuple[int, ...]]  # (case, and where in it)
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Job:
     run: RunFolder
     recipe: Recipe
     accelerator: Accelerator
-    network: WMHNet
+    network: TrainedNet
     optimizer: torch.optim.Optimizer
     gradients: GradientSum
     statistics: StepStatistics
@@ -52,8 +51,17 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """The training loss and what it is the sum of."""
-        return ("train_loss", "focal", "dice", "boundary", "scales", *(("tissue", "prompts") if self.network.pretext else ()),
-                *(("orthogonality",) if self.ranks.triplets else ()))
+        return ("train_loss", "focal", "dice", "boundary", *(("tversky",) if self.recipe.loss.tversky else ()), "scales",
+                *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
+
+    @property
+    def task(self):
+        """How slices, or volumes, are drawn and scored."""
+        return task_of(self.recipe)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with self.accelerator.autocast():
+            return self.network(images)
 
     def mine(self, tasks: int) -> range:
         """The numbers, out of `tasks`, that this process does."""
@@ -68,12 +76,12 @@ def learning_rate(epoch: float, settings: Training) -> float:
     return settings.lr_min + 0.5 * (settings.lr - settings.lr_min) * (1 + math.cos(math.pi * phase))
 
 
-def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int, lowest: float) -> tuple[dict[str, float], int]:
-    """Every slice that `epoch` (from 1) draws, once. Returns the last learning rate with the means over slices of the loss and
-    its parts, and the number of slices. Raises WMHError, with the step's micro-batch of the largest gradient in failed_batch.safetensors, for a
+def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, lowest: float) -> tuple[dict[str, float], int]:
+    """Every slice or patch that `epoch` (from 1) draws, once. Returns the last learning rate with the means over these of the loss and
+    its parts, and their number. Raises WMHError, with the step's micro-batch of the largest gradient in failed_batch.safetensors, for a
     loss or gradient that is not finite, and for a mean loss above three times `lowest`, the least of the epochs before."""
     settings, accelerator = job.recipe.training, job.accelerator
-    places = _order(cases, job.recipe, epoch)
+    places = _order(job, cases, epoch)
     steps = _cut(places, settings.batch_size * settings.accumulation)
     sums = torch.zeros(len(steps), len(job.parts), dtype=torch.float64, device=accelerator.device)
     job.network.train()
@@ -117,22 +125,11 @@ def train_epoch(job: Job, monitor: Monitor, cases: list[CaseSlices], epoch: int,
 
 
 @torch.inference_mode()
-def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Places) -> dict[str, float]:
-    """val_loss, and the mean over cases of the Dice at 0.5 over a case's `places`: val_dice, and val_dice <site> of each site.
-    The batches are spread over the processes; cases without lesion pixels in reference and result count nowhere."""
+def validate(job: Job, cases: list, sites: list[str], places: _Places) -> dict[str, float]:
+    """val_loss, the mean over `places`, and the mean over cases of the Dice at 0.5: val_dice, and val_dice <site> of each site. The work is
+    spread over the processes; cases without a lesion in reference and result count nowhere."""
     job.network.eval()
-    batches = _cut(places, job.recipe.training.batch_size)
-    loss, overlap, size = (torch.zeros(n, dtype=torch.float64) for n in (1, len(cases), len(cases)))
-    for i in job.mine(len(batches)):
-        images, labels = (t.to(job.accelerator.device) for t in stack_slices(cases, batches[i], job.recipe.inputs.context))
-        with job.accelerator.autocast():
-            fused, scales = job.network(images)
-        loss += len(batches[i]) * float(total_loss(fused, scales, labels, job.recipe.loss)[0])
-        found, lesion = (fused > 0) & (labels != 2), labels == 1
-        number = torch.tensor([case for case, _ in batches[i]])
-        overlap.index_add_(0, number, (found & lesion).sum((1, 2, 3)).double().cpu())
-        size.index_add_(0, number, (found.sum((1, 2, 3)) + lesion.sum((1, 2, 3))).double().cpu())
-    totals = [t.to(job.accelerator.device) for t in (loss, overlap, size)]
+    totals = [t.to(job.accelerator.device) for t in job.task.validate(job.forward, cases, places, job.mine, job.accelerator.device)]
     sum_over_processes(job.accelerator, totals)
     loss, overlap, size = (t.cpu() for t in totals)
     dice = pd.Series((2 * overlap / size).numpy())  # NaN where both are empty
@@ -140,11 +137,9 @@ def validate(job: Job, cases: list[CaseSlices], sites: list[str], places: _Place
     return {"val_loss": float(loss) / len(places), "val_dice": float(dice.mean())} | by_site
 
 
-def _order(cases: list[CaseSlices], recipe: Recipe, epoch: int) -> _Places:
-    training = recipe.training
-    places = (few_slices(cases, training.slices, training.train_negatives, recipe.seed) if training.slices else
-              draw_slices(cases, training.train_negatives, stable_seed(recipe.seed, "slices", epoch)))
-    generator = torch.Generator().manual_seed(stable_seed(recipe.seed, "order", epoch))
+def _order(job: Job, cases: list, epoch: int) -> _Places:
+    places = job.task.places(cases, epoch)
+    generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "order", epoch))
     return [places[i] for i in torch.randperm(len(places), generator=generator)]
 
 
@@ -152,32 +147,32 @@ def _cut(places: _Places, size: int) -> list[_Places]:
     return [places[first : first + size] for first in range(0, len(places), size)]
 
 
-def _batch(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> tuple[Tensor, Tensor]:
+def _batch(job: Job, cases: list, micro: _Places, *number: int) -> tuple[Tensor, Tensor]:
     """The images and labels of micro-batch (epoch, step, i) as the network sees them; also seeds the dropout of its forward pass."""
     generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "augment", *number))
     torch.manual_seed(stable_seed(job.recipe.seed, "dropout", *number))
-    images, labels = (t.to(job.accelerator.device) for t in stack_slices(cases, micro, job.recipe.inputs.context))
-    images, labels = augment(images, labels, job.recipe.augment, generator)
-    return drop_modalities(images, job.recipe.inputs, generator), labels
+    return job.task.batch(cases, micro, job.accelerator.device, generator)
 
 
-def _loss(job: Job, cases: list[CaseSlices], micro: _Places, *number: int) -> Tensor:
+def _loss(job: Job, cases: list, micro: _Places, *number: int) -> Tensor:
     """The loss of a micro-batch and its parts; only the first has a gradient."""
     images, labels = _batch(job, cases, micro, *number)
-    with job.accelerator.autocast():
-        features = job.network.features(images)
-        fused, scales = job.network.decode(features, images)
-        more = {}
-        if job.network.pretext:
-            generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "prompts", *number))
+    more = {}
+    if job.network.pretext:
+        generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "prompts", *number))
+        with job.accelerator.autocast():
+            features = job.network.features(images)
+            fused, scales = job.network.decode(features, images)
             more = job.network.pretext.losses(features, labels, generator)
+    else:
+        fused, scales = job.forward(images)
     if job.ranks.triplets:
         more["orthogonality"] = job.ranks.regulariser()
     loss, parts = total_loss(fused, scales, labels, job.recipe.loss)
     return torch.stack([sum(more.values(), loss), *parts.values(), *(part.detach() for part in more.values())])
 
 
-def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:
+def _stop(job: Job, cases: list, micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:
     """Saves the micro-batch of the step with the largest gradient, and raises an error that names it in every process."""
     norms = torch.zeros(len(micros), dtype=torch.float64, device=job.accelerator.device)
     for i in job.mine(len(micros)):
@@ -186,12 +181,13 @@ def _stop(job: Job, cases: list[CaseSlices], micros: list[_Places], epoch: int, 
         norms[i] = torch.stack([torch.linalg.vector_norm(p.grad) for p in job.gradients.trained if p.grad is not None]).norm()
     sum_over_processes(job.accelerator, [norms])
     number = int(norms.nan_to_num(math.inf).argmax())
-    slices = [{"case": cases[case].case, "slice": z} for case, z in micros[number]]
+    one, many = job.task.one, job.task.many
+    drawn = [{"case": cases[case].case, one: place[0] if len(place) == 1 else place} for case, *place in micros[number]]
     path = job.run.path / "failed_batch.safetensors"
     if job.keeper:
         images, labels = _batch(job, cases, micros[number], epoch, step, number)
-        about = {"epoch": epoch, "step": step + 1, "reason": reason, "slices": slices}
+        about = {"epoch": epoch, "step": step + 1, "reason": reason, many: drawn}
         job.keeper.write(path, save({"images": images.cpu(), "labels": labels.cpu()}, {"wmhlib": json.dumps(about)}))
-    names = ", ".join(f"{s['case']} slice {s['slice']}" for s in slices)
+    names = ", ".join(f"{row['case']} {one} {row[one]}" for row in drawn)
     raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch with the largest gradient ({names}) is in {path}: look at "
                    f"it, or train in another run folder with a lower training.lr (now {job.recipe.training.lr:g}); this one would do the same again")

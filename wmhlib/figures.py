@@ -233,7 +233,7 @@ def _images_figure(cases: list[dict]) -> Figure:
 
 def overlay_figure(flair: np.ndarray, mask: np.ndarray, prob: np.ndarray, entropy: np.ndarray, affine: np.ndarray,
                    slices: int = 5) -> Figure:
-    """One scan's prediction on slices through its lesions: FLAIR, mask outline, probability (0-1) and entropy (bits, 0-1), all
+    """One scan's prediction on slices through its lesions: the scan, mask outline, probability (0-1) and entropy (bits, 0-1), all
     H x W x D on the scan's grid."""
     (flair, mask, *panels), spacing = to_display(affine, flair, np.asarray(mask, bool), prob, entropy)
     area = mask.sum((0, 1))
@@ -256,6 +256,6 @@ def overlay_figure(flair: np.ndarray, mask: np.ndarray, prob: np.ndarray, entrop
             if z == chosen[-1]:
                 fig.colorbar(image, ax=axes[list(column).index(ax)].tolist(), pad=0.01, aspect=12)
     name_sides(axes[0, 0], spacing)
-    for line, label in zip(axes, ("FLAIR", "lesions found", "probability", "entropy (bits)")):
+    for line, label in zip(axes, ("scan", "lesions found", "probability", "entropy (bits)")):
         label_row(line[0], label)
     return fig

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_iter
 
 from .errors import RecipeError
 from .losses import total_loss
-from .network import WMHNet, native_precision
+from .network import build_network, native_precision
 from .sections import Training
 from .settings import Recipe
+from .tasks import task_of
 
 SHARE = 0.85  # of the memory that a recipe may plan with; the rest is for the driver, workspaces and fragments
 _PROCESS = 650_000_000  # bytes of a Python process with the libraries loaded, before it holds data (measured on Linux)
@@ -71,7 +72,7 @@ def measured_peak(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=64)
 def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, precision: str) -> int:
-    """Bytes of tensors at the peak of a training step on `batch_size` slices, in `precision` "no", "bf16" or "fp16".
+    """Bytes of tensors at the peak of a training step on `batch_size` slices or patches, in `precision` "no", "bf16" or "fp16".
 
     Counted are the weights, what the optimiser keeps of each trained one, and what a forward and a backward pass hold at
     their worst moment. Not counted are the kernels' workspaces, the allocator's fragments (`SHARE`) and what `pretext` adds. Attention is counted
@@ -79,12 +80,11 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
     """
     training = replace(recipe.training, gradient_checkpointing=gradient_checkpointing)
     with torch.device("meta"):
-        network = WMHNet(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen("no" if precision == "no" else "bf16")
+        network = build_network(replace(recipe, training=training, encoder=replace(recipe.encoder, checkpoint=""))).cast_frozen("no" if precision == "no" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-        side, held = recipe.inputs.img_size, Held()
-        images = torch.empty(batch_size, recipe.inputs.channels, side, side)
-        labels = torch.empty(batch_size, 1, side, side, dtype=torch.uint8)
+        held, (images, labels) = Held(), task_of(recipe).shapes(batch_size)
+        images, labels = torch.empty(images), torch.empty(labels, dtype=torch.uint8)
         for tensor in (*network.parameters(), *network.buffers(), images, labels):
             held.add(tensor)
         with held:
@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
 
 def expected_peak(recipe: Recipe, device: torch.device, data: int = 0) -> int:
     """What `measured_peak` will show when `recipe` trains on `device`: on a CPU within 15 % of what was measured (Linux, presets
-    demo and colab), with the `data` bytes of slices mapped from a file, as far as memory is left for them; on a GPU the tensors alone."""
+    demo and colab), with the `data` bytes of cases mapped from a file, as far as memory is left for them; on a GPU the tensors alone."""
     training = recipe.training
     tensors = estimate(recipe, training.batch_size, training.gradient_checkpointing, native_precision(training.precision, device))
     if device.type != "cpu":
@@ -111,10 +111,10 @@ def expected_peak(recipe: Recipe, device: torch.device, data: int = 0) -> int:
 def fit(recipe: Recipe, device: torch.device, processes: int = 1) -> tuple[Recipe, str]:
     """`recipe` with precision, micro-batches and gradient checkpointing as `device` can take them, and a sentence that says why.
 
-    An optimiser step keeps its slices: `batch_size` becomes the largest divisor of batch_size x accumulation, up to what
+    An optimiser step keeps its slices, or patches: `batch_size` becomes the largest divisor of batch_size x accumulation, up to what
     the recipe asks, with which the expected peak stays below `SHARE` of the memory, and `accumulation` follows. It is
     never larger than asked, for BatchNorm normalises over a micro-batch, and several processes share those of a step.
-    Gradients are checkpointed where one slice alone does not fit without. Device and recipe decide, on a CPU also how
+    Gradients are checkpointed where one alone does not fit without. Device and recipe decide, on a CPU also how
     many `processes` of this training share the machine.
 
     Raises RecipeError where nothing fits. With `training.fit_device` off only the precision is set.
@@ -123,37 +123,37 @@ def fit(recipe: Recipe, device: torch.device, processes: int = 1) -> tuple[Recip
     name, memory = device_memory(device)
     if device.type == "cpu":
         memory //= processes
-    slices = asked.batch_size * asked.accumulation
+    drawn, task = asked.batch_size * asked.accumulation, task_of(recipe)
     precision = native_precision(asked.precision, device)
-    sizes = [n for n in range(asked.batch_size, 0, -1) if slices % n == 0] if asked.fit_device else [asked.batch_size]
+    sizes = [n for n in range(asked.batch_size, 0, -1) if drawn % n == 0] if asked.fit_device else [asked.batch_size]
     modes = [True] if asked.gradient_checkpointing else [False, True] if asked.fit_device else [False]
     peaks = []
     for checkpointed, size in itertools.product(modes, sizes):
-        training = replace(asked, batch_size=size, accumulation=slices // size, gradient_checkpointing=checkpointed, precision=precision)
+        training = replace(asked, batch_size=size, accumulation=drawn // size, gradient_checkpointing=checkpointed, precision=precision)
         fitted = replace(recipe, training=training)
         peaks.append(expected_peak(fitted, device))
         if peaks[-1] <= SHARE * memory or not asked.fit_device:
-            return fitted, _sentence(name, memory, asked, training, peaks)
+            return fitted, _sentence(name, memory, asked, training, peaks, task)
     raise RecipeError(
-        f"{name} has {_gb(memory)}{' for each process' if device.type == 'cpu' and processes > 1 else ''}, and one slice of {recipe.inputs.img_size} px "
+        f"{name} has {_gb(memory)}{' for each process' if device.type == 'cpu' and processes > 1 else ''}, and one {task.one} of {task.size} "
         f"with checkpointed gradients in {_PRECISIONS[precision]} needs about {_gb(peaks[-1])}, more than {SHARE:.0%} of it: choose a smaller "
-        f"inputs.img_size, inputs.context or encoder, or a device with at least {_gb(peaks[-1] / SHARE)}")
+        f"{task.smaller}, or a device with at least {_gb(peaks[-1] / SHARE)}")
 
 
 _PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
-def _sentence(name: str, memory: int, asked: Training, training: Training, peaks: list[int]) -> str:
+def _sentence(name: str, memory: int, asked: Training, training: Training, peaks: list[int], task) -> str:
     split = f"{training.batch_size} x {training.accumulation} accumulated"
     if training.batch_size == asked.batch_size:
         words = [f"micro-batches of {split}, as asked"]
     else:
-        words = [f"micro-batches of {split} ({asked.batch_size * asked.accumulation} slices a step as asked; {asked.batch_size} x {asked.accumulation} would "
-                 f"need about {_gb(peaks[0])}, and BatchNorm now normalises over {training.batch_size})"]
+        words = [f"micro-batches of {split} ({asked.batch_size * asked.accumulation} {task.many} a step as asked; {asked.batch_size} x {asked.accumulation} would "
+                 f"need about {_gb(peaks[0])}{f', and BatchNorm now normalises over {training.batch_size}' * task.batchnorm})"]
     wanted, given = _PRECISIONS[asked.precision], _PRECISIONS[training.precision]
     words.append(given if wanted == given else f"{given}, as {wanted} is not native here")
     if training.gradient_checkpointing:
-        words.append("gradients checkpointed" + ("" if asked.gradient_checkpointing else ", without which one slice would not fit"))
+        words.append("gradients checkpointed" + ("" if asked.gradient_checkpointing else f", without which one {task.one} would not fit"))
     return f"{name}, {_gb(memory)}: {'; '.join(words)}: about {_gb(peaks[-1])} at the peak (estimated)"
 
 

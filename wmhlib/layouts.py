@@ -1,4 +1,4 @@
-"""The layouts scans may lie in: the WMH Challenge and its Kaggle mirror, BIDS, a CSV table, a plain folder."""
+"""The layouts scans may lie in: the WMH Challenge and its Kaggle mirror, BIDS (as ATLAS v2.0 is laid out), a CSV table, a plain folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 from .errors import InputError
 
 TABLE = "cases.csv"  # a folder that holds a table of this name is read through it
+SUFFIXES = {"flair": "FLAIR", "t1": "T1w"}  # in BIDS, of the contrasts that are segmented
 _SUFFIXES = (".nii", ".nii.gz")
+_APART = ("acq", "ce", "rec", "run")  # entities by which the scans of a session differ
 _NO_DATA = ("sourcedata", "code")  # folders of a BIDS dataset that hold no scan of it
 _GROUPS = {"": "", "train": "training", "training": "training", "test": "test"}
 _CHALLENGE = {"FLAIR": "flair", "T1": "t1", "wmh": "mask", "ventricles": "ventricles"}
@@ -23,13 +25,15 @@ _NO_SCAN = {"t1", "t1w", "mask", "brainmask", "seg", "dseg", "label", "prob", "p
             "ventricle", "ventricles", "spread"}
 
 
-def candidates(place: str | Path, labelled: bool) -> list[dict]:
+def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> list[dict]:
     """The scans at `place`, one dict each: case, subject, session, site, group ("training", "test" or ""), and for each of
-    flair, t1, mask and ventricles the list of files that may be it (absolute paths; one is expected, none is possible).
+    flair, t1, mask and ventricles the list of files that may be it (absolute paths; one is expected, none is possible). With the
+    `contrast` "t1" the T1w scans are looked for in place of FLAIR and stand in `flair`, and there is no t1.
 
-    `place` is a folder in the challenge's layout or BIDS (or both), any other folder of NIfTI files with FLAIR in their
+    `place` is a folder in the challenge's layout or BIDS (or both), any other folder of NIfTI files with FLAIR (T1) in their
     names, one NIfTI file, a table, or a folder with a `cases.csv`. A table has the columns subject, site, flair, mask, t1,
-    and if wanted session, ventricles, group; its paths are absolute or start at its folder. Where the scans need not be
+    and if wanted session, ventricles, group (a T1w scan may stand in either of flair and t1); its paths are absolute or
+    start at its folder. Where the scans need not be
     `labelled`, masks are not looked at, and a table needs subject and flair alone: its files may be missing, an empty site
     is the folder's name and an empty subject the file's, and rows that cannot be used are left out and named.
     Hidden folders, `sourcedata` and `code` are passed over, and so is what this library wrote itself (`GeneratedBy` in
@@ -41,9 +45,9 @@ def candidates(place: str | Path, labelled: bool) -> list[dict]:
         place = place / TABLE
     if place.is_dir():
         files = _files(place)
-        return _challenge(files, place) + _bids(files, place) or _plain(files, place)
+        return _challenge(files, place, contrast) + _bids(files, place, contrast) or _plain(files, place, contrast)
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
-        return _table(place, labelled)
+        return _table(place, labelled, contrast)
     if place.is_file() and place.name.endswith(_SUFFIXES):
         return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
@@ -88,7 +92,7 @@ def _our_own(folder: Path) -> bool:
         return (folder.parent.name, folder.name) == ("derivatives", "wmhlib")
 
 
-def _challenge(files: list[Path], root: Path) -> list[dict]:
+def _challenge(files: list[Path], root: Path, contrast: str) -> list[dict]:
     cases = defaultdict(lambda: defaultdict(list))
     for path in files:
         role = _CHALLENGE.get(stem(path))
@@ -98,6 +102,8 @@ def _challenge(files: list[Path], root: Path) -> list[dict]:
             cases[path.parent][role].append(path)
     rows = []
     for folder, roles in cases.items():
+        if contrast == "t1":
+            roles["flair"] = roles.pop("t1", [])
         if roles["flair"]:
             above = (root.name, *folder.parts[len(root.parts):])[-4:-2]  # <group>/<site> or <group>/Amsterdam/<site>
             group = [part for part in above if part in ("training", "test")]
@@ -106,30 +112,32 @@ def _challenge(files: list[Path], root: Path) -> list[dict]:
     return rows
 
 
-def _bids(files: list[Path], root: Path) -> list[dict]:
+def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
     sessions, datasets = defaultdict(list), defaultdict(set)
     for path in files:
         entities = _entities(path)
         if path.name.startswith("sub-"):
             sessions[_dataset(path, root), entities["sub"], entities.get("ses", "")].append(path)
-            if _suffix(path) == "FLAIR":
+            if _suffix(path) == SUFFIXES[contrast]:
                 datasets[entities["sub"]].add(_dataset(path, root))
     several = any(len(found) > 1 for found in datasets.values())
     sites = {dataset: _sites(dataset) for dataset, _, _ in sessions}
     rows = []
     for (dataset, subject, session), own in sessions.items():
         prefix = f"{clean(dataset.name)}_" if several else ""
+        on_flair = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
         for flair in own:
-            if _suffix(flair) != "FLAIR" or "derivatives" in flair.relative_to(root).parts:
+            if _suffix(flair) != SUFFIXES[contrast] or "derivatives" in flair.relative_to(root).parts or (contrast == "t1" and flair in on_flair):
                 continue
-            beside = [path for path in own if _agree(path, flair)]
-            t1 = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
-            t1 = [path for path in t1 if path in beside] or [path for path in t1 if _agree(path, flair, ("ce", "rec", "run"))]
-            case, site = prefix + stem(flair).removesuffix("_FLAIR"), sites[dataset].get(subject, dataset.name)
+            beside = [path for path in own if _agree(path, flair, (*_APART, "space") if contrast == "t1" else _APART)]
+            t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
+            t1 = t1 if contrast == "flair" else []
+            space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
+            case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, dataset.name)
             rows.append(candidate(
                 case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
-                mask=_chosen([path for path in beside if _shows_lesions(path)]),
-                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES])))
+                mask=_chosen([path for path in beside if _shows_lesions(path)], space),
+                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES], space)))
     return rows
 
 
@@ -151,7 +159,7 @@ def _sites(dataset: Path) -> dict[str, str]:
     return {}
 
 
-def _agree(path: Path, flair: Path, keys: tuple = ("acq", "ce", "rec", "run")) -> bool:
+def _agree(path: Path, flair: Path, keys: tuple = _APART) -> bool:
     """Whether two files of a session may belong together: an entity that only one of them has does not part them."""
     one, other = _entities(path), _entities(flair)
     return all(one.get(key, other.get(key)) == other.get(key, one.get(key)) for key in keys)
@@ -163,15 +171,15 @@ def _shows_lesions(path: Path) -> bool:
     return label in _LESIONS or not label and _suffix(path) == "mask" and bool(re.search("^$|lesion|wmh", desc))
 
 
-def _chosen(masks: list[Path]) -> list[Path]:
+def _chosen(masks: list[Path], space: str | None) -> list[Path]:
     """Of the masks of one thing: those with label or description before bare ones (which may be of the brain); in one
-    pipeline labelled ones before others, `_mask` before `_dseg`, FLAIR space before others."""
+    pipeline labelled ones before others, `_mask` before `_dseg`, those of the scan's `space` before others."""
     masks = [path for path in masks if _suffix(path) in ("mask", "dseg")]
     masks = [path for path in masks if {"label", "desc"} & set(_entities(path))] or masks
     if len({_pipeline(path) for path in masks}) > 1:
         return masks
     found = {path: _entities(path) for path in masks}
-    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != "FLAIR", "space" in has) for path, has in found.items()}
+    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != space, "space" in has) for path, has in found.items()}
     return [path for path in masks if rank[path] == min(rank.values())]
 
 
@@ -179,18 +187,22 @@ def _pipeline(path: Path) -> Path:
     return next((folder.parent for folder in path.parents if folder.name.startswith("sub-")), path.parent)
 
 
-def _plain(files: list[Path], root: Path) -> list[dict]:
-    rows = []
+def _plain(files: list[Path], root: Path, contrast: str) -> list[dict]:
+    rows, others = [], _NO_SCAN if contrast == "flair" else _NO_SCAN - {"t1", "t1w"}
     for path in files:
         words = re.split(r"[^a-z0-9]+", stem(path).lower())
-        if any("flair" in word for word in words) and not _NO_SCAN & set(words):
+        named = (word.startswith("t1") if contrast == "t1" else "flair" in word for word in words)
+        if any(named) and not others & set(words):
             case = clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
             rows.append(candidate(case, case, root.name, flair=[path]))
     return rows
 
 
-def _table(path: Path, labelled: bool) -> list[dict]:
+def _table(path: Path, labelled: bool, contrast: str) -> list[dict]:
     lines, columns = table_rows(path)
+    if contrast == "t1" and "t1" in columns and ("flair" not in columns or any(cells["t1"] for _, cells in lines)):
+        columns = ["flair" if name == "t1" else name for name in columns if name != "flair"]
+        lines = [(line, cells | {"flair": cells["t1"], "t1": ""}) for line, cells in lines]
     needed = ("subject", "site", "flair", "mask") if labelled else ("subject", "flair")
     if not set(needed) <= set(columns) or len(set(columns)) < len(columns):
         raise InputError(f"{path} has the columns {', '.join(columns)}: expected {', '.join(needed)}, each once (and "

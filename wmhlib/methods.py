@@ -11,7 +11,8 @@ from .agreement import RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
 from .settings import Recipe
-from .wording import of_images
+from .volumetric import story as volumes
+from .wording import words
 from .workspace import RunFolder, read_table
 
 _PROTOCOLS = {
@@ -56,7 +57,7 @@ class Story:
         mine, theirs = run.cases(), evaluated.cases()
         history = read_table(run.need(run.history_csv, "03_train"))
         return cls(run.recipe(), run.point(), mine,
-                   theirs[theirs.split == "test"], describe(theirs), describe(mine), int(history.epoch.max()),
+                   theirs[theirs.split == "test"], *(describe(cases, run.recipe().inputs) for cases in (theirs, mine)), int(history.epoch.max()),
                    int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
                    counts, evaluated.path != run.path,
                    evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
@@ -76,9 +77,7 @@ class Story:
             "trained on": f"{parts.get('train', 0)} {self.source}, chosen on {parts.get('val', 0)}: "
                           f"{_sites(self.trained_on[self.trained_on.split != 'test'])}",
             "split": f"{_protocol(recipe)}, seed {recipe.seed}",
-            "inputs": f"{_inputs(recipe)}; {recipe.inputs.img_size} px over {'the longer side' if recipe.inputs.images else f'{recipe.inputs.fov:g} mm'}",
-            "encoder": f"ViT of {recipe.encoder.depth} blocks, width {recipe.encoder.dim}: {_base(recipe)}",
-            "adapter": _adapter(recipe),
+            **(volumes.card(recipe) if recipe.volume.network else _card(recipe)),
             "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
                                   f"{self.counts['trainable_mb_fp32']:.1f} MB in fp32",
             "training": f"AdamW, {training.lr:g}, batch {training.batch_size * training.accumulation}, {self.epochs} of "
@@ -87,37 +86,36 @@ class Story:
             "validation Dice there": f"{point['dsc']:.3f} (n = {point['n']}" + (
                 f", standard error {point['se']:.3f})" if point["se"] is not None else ")"),
         }
-        if recipe.inputs.images:
-            lines = {of_images(name): of_images(line) for name, line in lines.items()}
+        word = words(self.data)
+        lines = {word(name): word(line) for name, line in lines.items()}
         return pd.DataFrame({"": lines.values()}, index=pd.Index(lines, name=recipe.name))
 
     def paragraph(self) -> str:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
-        parts, images = self.trained_on.split.value_counts(), recipe.inputs.images
+        parts, images, whole = self.trained_on.split.value_counts(), recipe.inputs.images, bool(recipe.volume.network)
+        zones = not images and (recipe.inputs.modalities != ("t1",) or any(self.evaluated.get("ventricles", "")))
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
-            f"scaled by up to {100 * augment.scale:g} %"] * bool(augment.scale) + ["turned by quarters"] * augment.rotate90 + [
+            f"scaled by up to {100 * augment.scale:g} %"] * bool(augment.scale) + ["turned by quarters"] * (augment.rotate90 and not whole) + [
             "flipped left-right"] * augment.flips + ["flipped front-back"] * augment.flips_ap + [
+            f"deformed elastically by up to {augment.elastic:g} mm"] * bool(whole and augment.elastic) + [
+            f"coarsened along one axis by up to {augment.resolution:g} times"] * bool(whole and augment.resolution > 1) + [
             f"varied in {', '.join(varied).replace('_', ' ')}"] * bool(varied)
+        what, drawn = volumes.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
         text = (
             f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
             f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
-            f"{_SUBJECTS * (not images)}. Input was {_inputs(recipe)}{_normalised(recipe)} was resized to {recipe.inputs.img_size} x "
-            f"{recipe.inputs.img_size} pixels. The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; "
-            f"{recipe.encoder.depth} blocks of width {recipe.encoder.dim}; {_base(recipe)}), "
-            f"{'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
-            f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
-            f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters ({self.counts['share_percent']:.1f} %) were trained. The loss "
-            f"was the sum of focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
-            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms, with focal and Dice terms at the four scales{_IGNORED * (not images)}. "
+            f"{_SUBJECTS * (not images)}. Input was {volumes.inputs(recipe) if whole else _normalised(recipe)}. "
+            f"{volumes.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
+            f"was the sum of {volumes.loss(recipe.loss) if whole else _loss(recipe)}, with focal and Dice terms at the four scales{_IGNORED * (not images)}. "
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
-            f"of {training.batch_size * training.accumulation} slices, warm-up over {training.warmup_epochs:g} and cosine restarts "
-            f"every {training.restart_epochs} epochs, on all slices with lesions and {100 * training.train_negatives:g} % of the others"
+            f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
+            f"every {training.restart_epochs} epochs, {drawn}"
             f"{', ' + ', '.join(moves) if moves else ''}"
-            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities else ''}. "
-            f"The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on validation slices was best. On the {point['n']} validation cases the operating point was taken from the "
+            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
+            f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
             f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
@@ -125,9 +123,9 @@ class Story:
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
             "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). "
-            f"{_ZONES * (not images)}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            f"{_ZONES * zones}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
-        return of_images(text) if images else text
+        return words(self.data)(text)
 
     def limits(self) -> str:
         """What the figures do not show, as a Markdown list."""
@@ -140,7 +138,7 @@ class Story:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
         elif "synthetic" in self.source:
             points.append("The network was trained on synthetic cases, its operating point was chosen on them.")
-        if self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
+        if not self.recipe.volume.network and self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
             points.append("The encoder started from random weights, not from those of MedSAM.")
         if self.external:
             points.append(f"Operating point and limit of the flag were chosen on {validation} of {', '.join(sorted(known))}; probabilities shift between scanners.")
@@ -154,6 +152,8 @@ class Story:
             points.append(f"The operating point and the limit of the flag rest on {validation}.")
         if images:
             return "\n".join(f"- {point}" for point in [*points, "For research. It is no medical device."])
+        if self.recipe.inputs.modalities == ("t1",):
+            return "\n".join(f"- {point}" for point in [*points, *volumes.limits(), "For research. It is no medical device."])
         if "synthetic" not in self.data:
             points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")
         points += ["Cortical lesions, infarcts and artefacts can look like white matter hyperintensities on FLAIR.",
@@ -165,13 +165,31 @@ def _sites(cases: pd.DataFrame) -> str:
     return ", ".join(f"{site} {n}" for site, n in cases.site.value_counts().sort_index().items())
 
 
+def _card(recipe: Recipe) -> dict[str, str]:
+    return {"inputs": f"{_inputs(recipe)}; {recipe.inputs.img_size} px over {'the longer side' if recipe.inputs.images else f'{recipe.inputs.fov:g} mm'}",
+            "encoder": f"ViT of {recipe.encoder.depth} blocks, width {recipe.encoder.dim}: {_base(recipe)}", "adapter": _adapter(recipe)}
+
+
 def _normalised(recipe: Recipe) -> str:
-    """The rest of a sentence on the inputs, up to what was resized."""
+    """What the network sees, as sentences."""
+    size = f"was resized to {recipe.inputs.img_size} x {recipe.inputs.img_size} pixels"
     if recipe.inputs.images:
-        return (". Each channel lost its median in the field of view and was divided by the standard deviation of the mean of red, green and blue there; "
-                "the smallest square around it")
-    return (" on the scan's own grid. Intensities were centred and scaled by the shortest interval that holds half of the voxels deeper than scalp and skull "
-            f"(Rousseeuw and Leroy 1987), and a square window of {recipe.inputs.fov:g} mm around the head")
+        return (f"{_inputs(recipe)}. Each channel lost its median in the field of view and was divided by the standard deviation of the mean of red, green and blue "
+                f"there; the smallest square around it {size}")
+    return (f"{_inputs(recipe)} on the scan's own grid. Intensities were centred and scaled by the shortest interval that holds half of the voxels deeper than "
+            f"scalp and skull (Rousseeuw and Leroy 1987), and a square window of {recipe.inputs.fov:g} mm around the head {size}")
+
+
+def _network(recipe: Recipe, counts: dict) -> str:
+    return (f"The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; {recipe.encoder.depth} blocks of width "
+            f"{recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
+            f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
+            f"{counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.1f} %) were trained")
+
+
+def _loss(recipe: Recipe) -> str:
+    return (f"focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
+            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms")
 
 
 def _inputs(recipe: Recipe) -> str:

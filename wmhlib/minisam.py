@@ -56,7 +56,7 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
     """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of `recipe`."""
     if not run.split_csv.exists():
         download.open_run(run, recipe)
-        cases = cohort.find_cases(download.get_cohort(run))
+        cases = cohort.find_cases(download.get_cohort(run), recipe.inputs)
         checked = cases.merge(cohort.check_cases(cases, recipe.inputs), on=["case", "site"])
         write_table(checked, run.cohort_csv)
         write_table(splits.split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it

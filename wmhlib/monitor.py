@@ -27,7 +27,7 @@ from .settings import Recipe
 from .workspace import RunFolder
 
 _RECENT = 10  # epochs that the remaining time is told from
-_PARTS = ("focal", "dice", "boundary", "scales", "tissue", "prompts", "orthogonality")
+_PARTS = ("focal", "dice", "boundary", "tversky", "scales", "tissue", "prompts", "orthogonality")
 _SITE = "val_dice "  # column of a site's validation Dice: this and its name
 _PATIENCE = 10.0  # seconds that the end of a training waits for the disk
 
@@ -37,13 +37,13 @@ class Monitor:
 
     `first_epoch` is where this process begins: what earlier ones wrote of it and of later epochs is void in TensorBoard.
     `estimated` are the bytes the device should hold at its peak, shown beside those measured; `note` is kept with the
-    recipe among the events. With `progress` false nothing is printed or drawn. Use it in a `with` block, or `close` it.
+    recipe among the events; `many` is what an epoch is counted in. With `progress` false nothing is printed or drawn. Use it in a `with` block, or `close` it.
     """
 
     def __init__(self, run: RunFolder, recipe: Recipe, device: torch.device, first_epoch: int = 1, estimated: int = 0, note: str = "",
-                 progress: bool = True, main: bool = True):
+                 progress: bool = True, main: bool = True, many: str = "slices"):
         self.epochs, self.device, self.estimated = recipe.training.epochs, device, estimated
-        self.progress = progress and main
+        self.progress, self.many = progress and main, many
         self._curves = _Curves() if self.progress and watched() else None
         self._first, self._seconds = True, deque(maxlen=_RECENT)
         self._start = self._trained = time.perf_counter()
@@ -66,15 +66,15 @@ class Monitor:
         yield from tqdm(range(count), f"epoch {epoch}", disable=not self.progress, mininterval=15, leave=False)
         self._trained = time.perf_counter()
 
-    def epoch(self, history: list[dict], better: bool, slices: int) -> None:
-        """Tells of the last row of `history` (columns as in history.csv), an epoch that trained on `slices` slices, in all
+    def epoch(self, history: list[dict], better: bool, drawn: int) -> None:
+        """Tells of the last row of `history` (columns as in history.csv), an epoch that trained on `drawn` slices or patches, in all
         processes together; `better`: its validation Dice is the best so far."""
         row, now, peak = history[-1], time.perf_counter(), measured_peak(self.device)
         self._seconds.append(now - self._start)
-        speed = slices / max(self._trained - self._start, 1e-9)
+        speed = drawn / max(self._trained - self._start, 1e-9)
         if self._events:
             self._events.scalars(row["epoch"], {_tag(name): value for name, value in row.items() if name != "epoch"} | {
-                "speed/slices_per_second": speed, "speed/seconds_per_epoch": self._seconds[-1],
+                f"speed/{self.many}_per_second": speed, "speed/seconds_per_epoch": self._seconds[-1],
                 "memory/peak_GB": peak / 1e9, "memory/estimated_GB": self.estimated / 1e9 or math.nan})
             self._events.flush()
         if self.progress:
@@ -96,7 +96,7 @@ class Monitor:
             words += [f"val loss {row['val_loss']:.3f}", f"val Dice {row['val_dice']:.3f}{' *' if better else '  '}"]
         estimated = f" ({self.estimated / 1e9:.1f} estimated)" if self._first and self.estimated else ""
         words += [f"({sites})"] * bool(sites)
-        words += [f"lr {row['lr']:.1e}", f"{self._seconds[-1]:.0f} s", f"{speed:.1f} slices/s", f"{peak / 1e9:.1f} GB{estimated}", f"ETA {hours(left)}"]
+        words += [f"lr {row['lr']:.1e}", f"{self._seconds[-1]:.0f} s", f"{speed:.1f} {self.many}/s", f"{peak / 1e9:.1f} GB{estimated}", f"ETA {hours(left)}"]
         return "  ".join(words)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapters import adapt, budget, merge
 from .errors import CheckpointError
-from .medsam import CHANNELS, ImageEncoder, build_encoder, check_state, load_checkpoint, weights_sha256
+from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint, weights_sha256
 from .presets import PRESETS, preset
 from .pretext import Pretext
 from .settings import Recipe
-from .spectral import check_bases
+from .trained import TrainedNet
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
 _PRIOR = -4.0  # bias of the heads: lesions are rare
@@ -74,7 +72,7 @@ class Skip(nn.Module):
         return maps[::-1]
 
 
-class WMHNet(nn.Module):
+class WMHNet(TrainedNet):
     """B x C x S x S normalised slices -> (B x 1 x S x S logits, logits at the four scales, finest first)."""
 
     def __init__(self, recipe: Recipe):
@@ -140,27 +138,6 @@ class WMHNet(nn.Module):
         network.encoder = merge(network.encoder)
         return network.cast_frozen(precision)
 
-    def live_state(self) -> dict[str, Tensor]:
-        """What training changes, where it lies: the trained parameters, and the buffers of the trained modules (BatchNorm statistics; of
-        a spectral adapter the fingerprint of its basis)."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
-        return {name: value for name, value in self.state_dict().items() if name in trained}
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """`live_state` on the CPU, as files keep it."""
-        return {name: value.cpu().contiguous() for name, value in self.live_state().items()}
-
-    def fingerprint(self) -> str:
-        """What tells this network from any other: the sha256 of its base and its trained state."""
-        return hashlib.sha256(weights_bytes(self, {"base_sha256": self.base_sha256})).hexdigest()
-
-    def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Load what `trained_state` gave; CheckpointError lists each key that does not fit, or names the layer whose singular vectors
-        are others than those it was trained in."""
-        check_state(self.trained_state(), state, f"{source} does not fit the network of its recipe")
-        check_bases(self, state, source)
-        self.load_state_dict(state, strict=False)
-
 
 def native_precision(wanted: str, device: torch.device) -> str:
     """`wanted` ("no", "bf16", "fp16"), or what `device` computes without emulation in its place: fp16 for bf16 on an older
@@ -177,14 +154,16 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def weights_bytes(network: WMHNet, origin: dict[str, str]) -> bytes:
-    """The trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
-    weights and the `split` it was trained on (`RunFolder.split_text`)."""
-    # One key: safetensors shuffles several.
-    return save(network.trained_state(), {"wmhlib": json.dumps(origin)})
+def build_network(recipe: Recipe) -> TrainedNet:
+    """The network of `recipe`: a `WMHNet` of slices, or where it has a `volume.network` a `VolumeNet` of volumes."""
+    if not recipe.volume.network:
+        return WMHNet(recipe)
+    from .volumetric.model import VolumeNet  # here, since nothing else needs MONAI
+
+    return VolumeNet(recipe)
 
 
-def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
+def load_network(path: str | Path, checkpoint: str = "") -> tuple[TrainedNet, str]:
     """The network of a weights file, which has its recipe, and the split it was trained on ("" if unknown). `checkpoint` says
     where the base lies if it moved.
 
@@ -203,7 +182,7 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[WMHNet, str]:
     recipe = Recipe.from_json(origin["recipe"], path)
     if checkpoint:
         recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=checkpoint))
-    network = WMHNet(recipe)
+    network = build_network(recipe)
     if network.base_sha256 != origin["base_sha256"]:
         raise CheckpointError(f"weights {path} were trained on the base {origin['base_sha256'][:12]}, "
                               f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "

@@ -1,4 +1,4 @@
-"""Synthetic cohorts: FLAIR, T1 and lesion masks after the challenge's three sites, or scans of scanners that there are once."""
+"""Synthetic cohorts: FLAIR, T1 and lesion masks after the challenge's three sites, scans of scanners that there are once, or T1w scans with strokes."""
 
 from __future__ import annotations
 
@@ -12,39 +12,48 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from . import strokes
 from .atlas import template
 from .cohort import find_cases
 from .errors import InputError
 from .scan import SITES, Case, Scan
 from .scanners import KINDS, make_scan
+from .sections import Inputs
 from .workspace import stable_seed, write_atomic
+
+_DEALT = {"challenge": SITES, "stroke": strokes.SITES}
 
 
 def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, progress: bool = True,
                  scanners: str = "challenge") -> pd.DataFrame:
     """Writes `cases` synthetic cases as the challenge lays its own out: `training/<site>/<id>/pre/FLAIR.nii.gz`, `pre/T1.nii.gz`,
-    `wmh.nii.gz`, and `ventricles.nii.gz` beside it. Returns the table of `cohort.find_cases`.
+    `wmh.nii.gz`, and `ventricles.nii.gz` beside it; strokes as ATLAS v2.0 does: `<site>/<subject>/ses-1/anat/*_T1w.nii.gz`,
+    `*_label-L_desc-T1lesion_mask.nii.gz` and `*_label-ventricles_mask.nii.gz`. Returns the table of `cohort.find_cases`.
 
     `scanners`: "challenge" deals them over its three sites, "mixed" or one of `scanners.KINDS` makes each in a scanner of its own: no T1 then, but
-    `tissue.nii.gz`. The same seed gives the same files, and a case does not depend on how many others there are. `scale`
-    coarsens the in-plane voxels. Raises InputError for fewer than one case.
+    `tissue.nii.gz`, "stroke" over the sites of `strokes`. The same seed gives the same files, and a case does not depend on how many others there are. `scale`
+    coarsens the in-plane voxels, those of strokes along all axes. Raises InputError for fewer than one case.
     """
     if cases < 1:
         raise InputError(f"a cohort of {cases} cases was asked for: expected at least 1")
-    names, threads = list(SITES) if scanners == "challenge" else [scanners], torch.get_num_threads()
+    names, threads = list(_DEALT.get(scanners, [scanners])), torch.get_num_threads()
     template()
 
     def write(number: int) -> None:
         site, index = names[number % len(names)], number // len(names)
         case = make_case(site, stable_seed(seed, site, index), scale)
         place = Path(folder) / "training" / (SITES[site].path if site in SITES else site) / str(index)
-        for name, data in (("pre/FLAIR", case.flair), ("pre/T1", case.t1), ("wmh", case.mask), ("ventricles", case.ventricles),
-                           ("tissue", case.tissue)):
+        files = ("pre/FLAIR", "pre/T1", "wmh", "ventricles", "tissue")
+        if site in strokes.SITES:
+            subject = f"sub-{site.lower()}s{index + 1:03d}"
+            place = Path(folder) / site / subject / "ses-1" / "anat"
+            files = (f"{subject}_ses-1_{name}" for name in ("T1w", "", "label-L_desc-T1lesion_mask", "label-ventricles_mask", ""))
+        for name, data in zip(files, (case.flair, case.t1, case.mask, case.ventricles, case.tissue)):
             if data is None:
                 continue
             image = nib.Nifti1Image(data, case.affine)
             image.header.set_xyzt_units("mm")
-            image.set_data_dtype(np.int16 if name.startswith("pre") else np.uint8)
+            image.set_data_dtype(np.uint8 if data.dtype == np.uint8 else np.int16)
             write_atomic(place / f"{name}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
 
     # A case on each core is faster than one case on all; 4 cases at once hold about 5 GB.
@@ -53,13 +62,16 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
             list(tqdm(workers.map(write, range(cases)), total=cases, desc="synthetic cases", disable=not progress))
     finally:
         torch.set_num_threads(threads)
-    return find_cases(folder)
+    return find_cases(folder, Inputs(modalities=("t1",)) if scanners == "stroke" else None)
 
 
 def make_case(site: str, seed: int, scale: float = 1.0) -> Case:
-    """One case of `site` ("Utrecht", "Singapore", "GE3T", one of `scanners.KINDS` or "mixed"); `scale` coarsens the in-plane voxels. The result
+    """One case of `site` ("Utrecht", "Singapore", "GE3T", one of `scanners.KINDS`, "mixed" or one of `strokes.SITES`); `scale` coarsens the in-plane voxels
+    (of strokes all). The result
     depends on the three arguments alone."""
-    known = (*SITES, *KINDS, "mixed")
+    known = (*SITES, *KINDS, "mixed", *strokes.SITES)
     if site not in known or not 1 <= scale <= 4:
         raise InputError(f"no synthetic case of site {site!r} at scale {scale}: expected one of {', '.join(known)}, at a scale of 1 to 4")
+    if site in strokes.SITES:
+        return strokes.StrokeScan(strokes.SITES[site], seed, scale).acquire()
     return Scan(SITES[site], seed, scale).acquire() if site in SITES else make_scan(site, seed, scale)

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .errors import RecipeError
-from .sections import SHIPPED, Adapter, Augment, Cohort, Encoder, Inputs, Operating, Pretext, Split, Training
+from .sections import (
+    SHIPPED,
+    Adapter,
+    Augment,
+    Cohort,
+    Encoder,
+    Inputs,
+    Loss,
+    Operating,
+    Pretext,
+    Split,
+    Training,
+    Volume,
+)
 from .settings import Recipe
 
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)
@@ -15,6 +28,13 @@ _MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=
 _SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
 _UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
 _WIDE = replace(_UPRIGHT, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3)  # for scanners of all kinds
+_STROKE = Recipe(name="stroke", inputs=Inputs(modalities=("t1",)), adapter=Adapter(method="none"),
+                 loss=Loss(weights=(0.25, 0.35, 0.25), boundary_weight=4.0, tversky=0.15),
+                 augment=replace(_UPRIGHT, scale=0.15, bias_field=0.3, elastic=6.0, resolution=2.5),
+                 training=Training(epochs=150, batch_size=2, accumulation=2, lr=5e-4, warmup_epochs=5, restart_epochs=145, weight_decay=1e-4,
+                                   checkpoint_epochs=5, validate_epochs=5, precision="bf16", ema=0.999),
+                 split=Split(val=0.1, test=0.15), volume=Volume("attention"),
+                 operating=Operating(threshold=0.5, views=2, sizes=(1, 5, 10, 20, 50, 100, 200), sizes_mm3=(10.0, 30.0, 50.0, 100.0, 200.0, 400.0)))
 
 PRESETS = {
     # The recipe at full size, with the image skip; the others say what they change.
@@ -54,11 +74,26 @@ PRESETS = {
                                         precision="bf16", ema=0.98),
                       split=Split(protocol="given"), operating=Operating(views=4, sizes=(1, 5, 10, 20, 40, 80), sizes_mm3=()),
                       cohort=Cohort(synthetic_cases=50, scanners="vessels")),
+    # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 85/15 by subject: a network of whole volumes, on a GPU.
+    "stroke": _STROKE,
+    # The same on synthetic heads of 2 mm: minutes on two cores.
+    "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=40, scanners="stroke", scale=2.0), split=Split(val=0.15, test=0.25),
+                           volume=Volume("attention", spacing=2.0, box=(96, 112, 96), patch=(64, 64, 64)),
+                           training=replace(_STROKE.training, epochs=15, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=14, checkpoint_epochs=3,
+                                            validate_epochs=3, ema=0.99),
+                           operating=replace(_STROKE.operating, sizes=(1, 2, 3, 5, 10, 20), sizes_mm3=(16.0, 50.0, 100.0, 200.0, 400.0))),
+    # Seconds: the same at toy size, for the tests.
+    "stroke-smoke": replace(_STROKE, name="stroke-smoke", cohort=Cohort(synthetic_cases=8, scanners="stroke", scale=4.0),
+                            volume=Volume("attention", spacing=4.0, box=(48, 64, 48), patch=(32, 32, 32), patches=2),
+                            training=Training(epochs=2, batch_size=2, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=2, checkpoint_epochs=1),
+                            split=Split(val=0.25, test=0.25),
+                            operating=Operating(threshold=0.5, views=2, thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(64.0, 200.0))),
 }
 
 
 def preset(name: str, overrides: str = "") -> Recipe:
-    """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke", "vessels"), with `overrides` applied."""
+    """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke", "vessels", "stroke", "stroke-demo",
+    "stroke-smoke"), with `overrides` applied."""
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
     return PRESETS[name].with_overrides(overrides)

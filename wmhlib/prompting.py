@@ -125,6 +125,8 @@ def open_base(recipe: Recipe, device: str | torch.device | None = None) -> tuple
     is, or why there is none."""
     if recipe.inputs.images:
         return None, "There is no zero-shot baseline: it is one of scans."
+    if recipe.volume.network:
+        return None, "There is no zero-shot baseline: a network of volumes has no base that could be asked."
     try:
         base = PromptEngine(recipe, device)
     except CheckpointError as error:

@@ -26,17 +26,17 @@ def made_of(scan: dict, engine) -> dict:
     return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}
 
 
-def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict) -> bool:
+def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict, kind: bids.Kind = bids.WMH) -> bool:
     """Whether the results that `sidecar` describes are those of `flair`, made with `made_with`, and every file is whole."""
-    folder = bids.paths(out, name)["mask"].parent
+    folder = bids.paths(out, name, kind)["mask"].parent
     return (sidecar is not None and sidecar["FLAIR"] == flair and sidecar["MadeWith"] == made_with
             and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
 
 
-def done_before(out: Path) -> dict[str, dict]:
+def done_before(out: Path, kind: bids.Kind = bids.WMH) -> dict[str, dict]:
     """The sidecars of what was made in `out` before, by the scan's name, their FLAIR as an absolute path."""
-    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out).items() if _is_complete(sidecar)}
-    return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name)["mask"].parent / sidecar["FLAIR"])}
+    complete = {name: sidecar for name, sidecar in bids.read_sidecars(out, kind).items() if _is_complete(sidecar)}
+    return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name, kind)["mask"].parent / sidecar["FLAIR"])}
             for name, sidecar in complete.items()}
 
 

@@ -10,7 +10,7 @@ from . import agreement, uncertainty
 from .evaluation import SYSTEMS, ZERO_SHOT
 from .figures import captioned, save_figure
 from .metrics import SCORES
-from .wording import figure_of_images, of_images
+from .wording import figure_in, of_images, of_strokes, words
 from .workspace import RunFolder
 
 DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
@@ -35,10 +35,10 @@ def group_table(own: pd.DataFrame, column: str, seed: int = 42) -> pd.DataFrame:
     return _scores(own.assign(burden=agreement.tertiles(own.reference_ml)), column, seed)
 
 
-def results_text(metrics: pd.DataFrame, seed: int = 42) -> str:
-    """`results_table` for a terminal."""
-    table = results_table(metrics, seed).reset_index()
-    columns = [[name, *table[name].astype(str)] for name in table]
+def results_text(metrics: pd.DataFrame, seed: int = 42, data: str = "") -> str:
+    """`results_table` for a terminal, in the words of `data`."""
+    table, word = results_table(metrics, seed).reset_index(), words(data)
+    columns = [[word(str(cell)) for cell in (name, *table[name])] for name in table]
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -106,19 +106,21 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
-    """Displays `table` with its caption, in the words of images where `data` are some."""
-    if _of_images(data):
-        if table.empty:  # the zones around ventricles, which images do not have
+    """Displays `table` with its caption, in the words of `data`."""
+    word = words(data)
+    if word is not str:
+        if table.empty:  # the zones around ventricles, where there are none
             return
-        named = table.index if table.index.name == "case" else table.index.map(of_images)
-        table = table.set_axis(named.rename(of_images(table.index.name or "")), axis=0).rename(columns=of_images)
+        named = table.index if table.index.name == "case" else table.index.map(word)
+        table = table.set_axis(named.rename(word(table.index.name or "")), axis=0).rename(columns=word)
     captioned(table, caption(name, data, n))
 
 
 def show(figure: Figure, folder: RunFolder, name: str, data: str, n: int) -> None:
-    """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption, in the words of images where `data` are some."""
-    if _of_images(data):
-        figure = figure_of_images(figure)
+    """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption, in the words of `data`."""
+    word = words(data)
+    if word is not str:
+        figure = figure_in(figure, word)
     save_figure(figure, folder.figures / f"{name}.png")
     captioned(figure, caption(name, data, n))
 
@@ -252,13 +254,22 @@ _IMAGE_CAPTIONS = {
 }
 
 
+_STROKE_CAPTIONS = {
+    "strata":
+        "Where {n} {data} are hard, at the operating point: Dice by lesion burden, detection by lesion size, "
+        "and, where a ventricle mask is given, Dice within 10 mm of the ventricles and beyond, with 95 % intervals. Sizes are those of spheres 3, 5 and 10 mm across; their shares pool the lesions of all cases, and "
+        "n counts lesions there. Good: level curves; small strokes are usually found worse than large ones.",
+    "cohort":
+        "T1w slices of some of {n} {data}, a case a row, lesions outlined where a reference is given. Good: heads "
+        "upright with anterior up, the patient's right (R) on the left, outlines on tissue that is darker than the other side's.",
+    "overlay":
+        "Prediction on {data}, slices through the lesions found. Good: outlines follow dark lesions and leave ventricles and sulci "
+        "alone; probability is high inside lesions; entropy, the network's doubt, only at borders.",
+}
+_OTHER_CAPTIONS = {of_images: _IMAGE_CAPTIONS, of_strokes: _STROKE_CAPTIONS, str: {}}
+
+
 def caption(name: str, data: str, n: int = 1) -> str:
-    """What figure or table `name` shows and what good looks like, on `n` of `data` ("synthetic cases", "real scans", "images")."""
-    if not _of_images(data):
-        return _CAPTIONS[name].format(data=data, n=n)
-    return (_IMAGE_CAPTIONS.get(name) or of_images(_CAPTIONS[name])).format(data=data, n=n)
-
-
-def _of_images(data: str) -> bool:
-    """Whether `cohort.describe` says so."""
-    return data in ("images", "synthetic images")
+    """What figure or table `name` shows and what good looks like, on `n` of `data` (as `cohort.describe` names them, or one scan's name)."""
+    word = words(data)
+    return (_OTHER_CAPTIONS[word].get(name) or word(_CAPTIONS[name])).format(data=data, n=n)

@@ -47,7 +47,7 @@ SITES = {
 
 # Of each tissue of `anatomy`: range on FLAIR (of fat the site's own), range on T1, grain.
 _FLAIR = [(0, 0), (.08, .3), (.03, .12), (.35, 1.1), (0, 0), (.4, .75), (.8, 1.4), (1, 1.9), (1.3, 2.6), (.06, .22)]
-_T1 = [(0, 0), (.2, .32), (.05, .12), (.6, 1.2), (1.4, 2.1), (.45, .6), (.6, 1), (.7, 1), (.5, .7), (.2, .3)]
+T1 = [(0, 0), (.2, .32), (.05, .12), (.6, 1.2), (1.4, 2.1), (.45, .6), (.6, 1), (.7, 1), (.5, .7), (.2, .3)]
 _GRAIN = [0, 0, 1, 1, 0.25, 1, 0.3, 0.8, 1, 0]
 
 
@@ -115,8 +115,11 @@ class Scan:
         lesion, inner = brain.lesions(white, np.prod(self.spacing))
         (core, extent), labels = brain.other_pathology(), patient.head()
         core, extent, lesion = core * (grey + white), extent * (grey + white), lesion * (1 - extent)
-        grain = patient.field(3, 3, 6).mul_(0.16).add_(0.22 * patient.fine).mul_(torch.tensor(_GRAIN)[labels.int()]).exp_()
-        return Anatomy(labels, grain, labels[brain.box] == CSF, grey, white, lesion, inner, core, extent)
+        return Anatomy(labels, self.grain(labels), labels[brain.box] == CSF, grey, white, lesion, inner, core, extent)
+
+    def grain(self, labels: torch.Tensor) -> torch.Tensor:
+        """Texture of the head's tissues."""
+        return self.patient.field(3, 3, 6).mul_(0.16).add_(0.22 * self.patient.fine).mul_(torch.tensor(_GRAIN)[labels.int()]).exp_()
 
     def flair(self, anatomy: Anatomy) -> torch.Tensor:
         """Brightness of every sub-slice."""
@@ -134,7 +137,7 @@ class Scan:
 
     def t1(self, anatomy: Anatomy) -> torch.Tensor:
         uniform = self.patient.uniform
-        values = [uniform(*r) for r in _T1]
+        values = [uniform(*r) for r in T1]
         tissue = anatomy.grey * uniform(0.66, 0.82) + anatomy.white
         tissue *= 1 - uniform(0.05, 0.35) * torch.maximum(anatomy.lesion, anatomy.extent)
         return self.compose(anatomy, tissue, values[CSF], values)

@@ -19,29 +19,29 @@ from .viewer import viewer
 _INCHES, _DPI = 1.3, 100  # width of a thumbnail
 
 
-def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Path], index: Path) -> str:
+def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Path], index: Path, kind: bids.Kind = bids.WMH) -> str:
     """HTML of one scan: figures of `row` (a row of the cohort table), overlays and slices of `case` (as
     `derivatives.worth_a_look` gives it), `lesions`, and links to its files (`paths`, by what they are) and to `index`."""
     files = {key: path.name for key, path in paths.items() if key not in ("thumbnail", "page")}
     figure = base64.b64encode(overlay(case)._repr_png_()).decode()
     return render("scan.html.j2", row=row, figure=figure, viewer=viewer([case]), files=files,
-                   caption=report.caption("overlay", row["scan"]), index=os.path.relpath(index, paths["page"].parent),
+                   kind=kind, caption=report.caption("overlay", f"{kind.scan} scan {row['scan']}"), index=os.path.relpath(index, paths["page"].parent),
                    lesions=lesions.round(3).to_html(index=False, border=0))
 
 
-def index_page(table: pd.DataFrame, out: Path) -> str:
+def index_page(table: pd.DataFrame, out: Path, kind: bids.Kind = bids.WMH) -> str:
     """HTML of the cohort `table`: a row a scan with thumbnail, volume and flag, a link to its page; failures with reason."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     for row in rows:
         row["file"] = Path(row["flair"]).name
-        thumbnail = bids.paths(Path(out), row["scan"])["thumbnail"]
+        thumbnail = bids.beside(Path(out) / (row["page"] or ""))["thumbnail"]
         if row["status"] == "done" and thumbnail.is_file():
             row["thumbnail"] = base64.b64encode(thumbnail.read_bytes()).decode()
-    return render("scans.html.j2", rows=rows)
+    return render("scans.html.j2", rows=rows, kind=kind)
 
 
 def overlay(case: dict) -> Figure:
-    """FLAIR, lesions, probability and entropy of one scan on slices through its lesions."""
+    """Scan, lesions, probability and entropy of one scan on slices through its lesions."""
     return figures.overlay_figure(*(case[key] for key in ("flair", "result", "prob", "entropy", "affine")))
 
 

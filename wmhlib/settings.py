@@ -50,6 +50,8 @@ class Recipe:
                  "'given' with images, whose data_split.csv says who trains")
         scans = not self.inputs.images and self.inputs.context == 0
         require(not self.volume.network or scans, "volume.network", self.volume.network, "scans in inputs.modalities and inputs.context=0 with it")
+        require(not self.volume.network or not (self.training.slices or self.pretext.tissue or self.pretext.prompts), "volume.network", self.volume.network,
+                "no training.slices and no pretext with it, which are of slices")
         require(self.cohort.scanners != "stroke" or self.inputs.modalities == ("t1",), "inputs.modalities", self.inputs.modalities,
                 "('t1',) with cohort.scanners=stroke")
         require(not self.cohort.synthetic_cases or self.inputs.images == (self.cohort.scanners == "vessels"), "cohort.scanners", self.cohort.scanners,

@@ -1,4 +1,4 @@
-"""The slices of a cohort as training reads them: on the canvas, in a file that memory maps."""
+"""The cases of a cohort as training reads them, in a file that memory maps: their slices on the canvas, or what else is made of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -48,18 +49,23 @@ class CaseSlices:
 
 
 def load_slices(rows: pd.DataFrame, inputs: Inputs, progress: bool = True) -> list[CaseSlices]:
-    """Every case of `rows` (columns case, flair, t1, mask) on the canvas, in a file instead of memory.
+    """Every case of `rows` (columns case, flair, t1, mask) on the canvas, in a file (`load_cases`): 47 MB for 60 slices of 512 px."""
+    return [CaseSlices(*case) for case in load_cases(rows, functools.partial(_prepared, inputs=inputs), progress)]
 
-    The tensors are maps of a temporary file (in `tempfile.gettempdir()`, which TMPDIR moves) of 2 M + 1 bytes a pixel: 47 MB
-    for 60 slices of 512 px. The system keeps of it in memory what there is room for. Where that folder is
-    itself memory (tmpfs) they stay there. The file has no name, so that nothing is left however this process ends. Processes that train together read a share of the cases each, and those on one machine map each
-    other's files (on Linux; elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the
-    disk has no room.
+
+def load_cases(rows: pd.DataFrame, prepare: Callable[[Any], tuple[Tensor, Tensor]], progress: bool = True) -> list[tuple[str, Tensor, Tensor]]:
+    """Case, images (float16, M x ...) and labels (uint8, ...) of every one of `rows` (column case), as `prepare` makes them of it, in a file
+    instead of memory.
+
+    The tensors are maps of a temporary file (in `tempfile.gettempdir()`, which TMPDIR moves) of 2 M + 1 bytes a voxel. The system keeps of it in memory
+    what there is room for. Where that folder is itself memory (tmpfs) they stay there. The file has no name, so that nothing is left however this
+    process ends. Processes that train together read a share of the cases each, and those on one machine map each other's files (on Linux;
+    elsewhere each reads all). Raises InputError, in each of them, where a case cannot be used or the disk has no room.
     """
     near = _on_this_machine(os.getpid())
     with tempfile.TemporaryFile() as file:
         try:
-            written, failed = _write_slices(rows.iloc[near.index(os.getpid()) :: len(near)], inputs, file, progress), None
+            written, failed = _write(rows.iloc[near.index(os.getpid()) :: len(near)], prepare, file, progress), None
         except WMHError as error:
             written, failed = [], error
         cases: list = [None] * len(rows)
@@ -71,24 +77,29 @@ def load_slices(rows: pd.DataFrame, inputs: Inputs, progress: bool = True) -> li
     return cases
 
 
-def _write_slices(rows: pd.DataFrame, inputs: Inputs, file: BinaryIO, progress: bool) -> list[tuple[str, torch.Size, int]]:
+def _write(rows: pd.DataFrame, prepare: Callable, file: BinaryIO, progress: bool) -> list[tuple[str, torch.Size, int]]:
     """Append the images and labels of each case to `file`. Gives case, shape of the images, and bytes before them."""
     places = []
     for row in tqdm(rows.itertuples(), "reading cases", len(rows), disable=not progress, mininterval=5):
-        case = load_case(row.flair, row.t1, row.mask, inputs)
-        images = case_canvas(case, inputs.img_size).half()
-        lesion, other = (mask_canvas(case.mask == label, case.grid, inputs.img_size) for label in (1, 2))
-        labels = _tissues(row.mask, case, inputs.img_size)
-        labels[other], labels[lesion] = 2, 1
+        images, labels = prepare(row)
         places.append((row.case, images.shape, file.tell()))
         try:
             for tensor in (images, labels):
-                file.write(tensor.numpy())
+                file.write(tensor.contiguous().numpy())
             file.flush()
         except OSError as error:
             raise InputError(f"{tempfile.gettempdir()} has no room for the slices of {len(rows)} cases ({error}; those of {len(places) - 1} took "
                              f"{places[-1][2] / 1e9:.3g} GB): free space there, or set TMPDIR to a folder with more") from None
     return places
+
+
+def _prepared(row, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Images and labels of `CaseSlices`."""
+    case = load_case(row.flair, row.t1, row.mask, inputs)
+    lesion, other = (mask_canvas(case.mask == label, case.grid, inputs.img_size) for label in (1, 2))
+    labels = _tissues(row.mask, case, inputs.img_size)
+    labels[other], labels[lesion] = 2, 1
+    return case_canvas(case, inputs.img_size).half(), labels
 
 
 def _tissues(mask: str, case: Case, size: int) -> Tensor:
@@ -101,13 +112,13 @@ def _tissues(mask: str, case: Case, size: int) -> Tensor:
     return labels
 
 
-def _mapped(path: str | int, places: list[tuple[str, torch.Size, int]]) -> list[CaseSlices]:
+def _mapped(path: str | int, places: list[tuple[str, torch.Size, int]]) -> list[tuple[str, Tensor, Tensor]]:
     if not places:
         return []
     with open(path, "r+b", closefd=isinstance(path, str)) as file:
         data = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     sizes = [(start, start + 2 * shape.numel(), start + 2 * shape.numel() + shape[1:].numel()) for _, shape, start in places]
-    return [CaseSlices(case, data[a:b].view(torch.float16).view(shape), data[b:c].view(shape[1:]))
+    return [(case, data[a:b].view(torch.float16).view(shape), data[b:c].view(shape[1:]))
             for (case, shape, _), (a, b, c) in zip(places, sizes)]
 
 

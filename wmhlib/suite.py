@@ -6,6 +6,7 @@
     python -m wmhlib.suite predict --flair FLAIR.nii.gz --out folder
     python -m wmhlib.suite compare --preset demo --out runs/compare_demo
     python -m wmhlib.suite distill --preset demo --out runs/distill_demo
+    python -m wmhlib.suite stroke --preset stroke-demo --out runs/stroke_networks
     python -m wmhlib.suite benchmark --run runs/demo --out runs/benchmark
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ import nbformat
 from . import bids, errors, pages
 from .errors import InputError, WMHError
 from .settings import Recipe
-from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, write_atomic
+from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, run_folders, write_atomic
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore",
@@ -56,16 +58,17 @@ def report(run: RunFolder, data: str = "", out: str = "") -> Path:
                  {"preset": run.recipe().name, "run_dir": str(run.path), "data_dir": data, "out_dir": str(folder.path) if data else ""})
 
 
-def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
-    """Notebook 06 on scans (`derivatives.find`) with the weights of `run`: BIDS derivatives in `out` ("": the derivatives of
-    `run.results`). Returns its HTML page; raises InputError, at the end, if a scan failed. With weights for images: `album.segment_images`, and
-    its table ("": images beside the derivatives)."""
+def predict(runs: list[RunFolder], flair: str, out: str = "", t1: str = "") -> Path:
+    """Notebook 06 on scans (`derivatives.find`) with the weights of a run, or the mean of several: BIDS derivatives in `out` ("": the
+    derivatives of `results` of the first). Returns its HTML page; raises InputError, at the end, if a scan failed. With weights for images:
+    `album.segment_images`, and its table ("": images beside the derivatives)."""
+    run = runs[0]
     if run.recipe().inputs.images:
-        return _predict_images(run, flair, out or run.results / "images")
+        return _predict_images(runs, flair, out or run.results / "images")
     folder = Path(out).expanduser() if out else run.results / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
-        execute("06_predict", output, {"run_dir": str(run.path), "flair": str(flair), "t1": str(t1),
+        execute("06_predict", output, {"run_dir": shlex.join(str(run.path) for run in runs), "flair": str(flair), "t1": str(t1),
                                        "out_dir": str(folder)})
         page = pages.export_html(output, folder / "report.html")
     scans = read_table(folder / bids.TABLE)
@@ -75,11 +78,11 @@ def predict(run: RunFolder, flair: str, out: str = "", t1: str = "") -> Path:
     return page
 
 
-def _predict_images(run: RunFolder, place: str, out: str | Path) -> Path:
+def _predict_images(runs: list[RunFolder], place: str, out: str | Path) -> Path:
     from .album import TABLE, segment_images  # imports torch, which nothing else here needs
-    from .engine import WMHInferenceEngine
+    from .ensemble import open_engine
 
-    table = segment_images(WMHInferenceEngine.from_run(run), place, out)
+    table = segment_images(open_engine(runs), place, out)
     failed = table[table.status == "failed"]
     if len(failed):
         raise InputError(f"{len(failed)} of {len(table)} images failed, the others are done; the first: {failed.reason.iloc[0]}")
@@ -107,6 +110,15 @@ def compare(preset: str, run: str = "", out: str = "", overrides: str = "", shar
     folder = Path(out or f"runs/compare_{preset}").expanduser()
     name = "07_compare" + ("" if share == "1/1" else f"_{share.replace('/', '_of_')}")
     return _page("07_compare", folder / f"{name}.ipynb", {"preset": preset, "run_dir": run, "out_dir": str(folder), "overrides": overrides, "share": share})
+
+
+def stroke(preset: str, run: str = "", out: str = "", overrides: str = "", networks: str = "", folds: int = 0) -> Path:
+    """Notebook 09: the three networks of volumes (or those of `networks`) on the cases of the folder `run` ("": synthetic ones for the presets
+    stroke-demo and stroke-smoke), the best of them over `folds` too. All of it in `out` ("": runs/<preset>_networks). Returns its HTML page."""
+    folder = Path(out or f"runs/{preset}_networks").expanduser()
+    name = "_".join(("09_stroke", *networks.split()))
+    return _page("09_stroke", folder / f"{name}.ipynb", {"preset": preset, "run_dir": run, "out_dir": str(folder), "overrides": overrides,
+                                                         "networks": networks, "folds": folds})
 
 
 def _page(name: str, output: Path, parameters: dict) -> Path:
@@ -159,8 +171,8 @@ def notebook_text(source: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "benchmark", "notebooks"))
-    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict and evaluate the weights that come with the suite)")
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "stroke", "benchmark", "notebooks"))
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--data", default="", help="folder or CSV of cases; without it a preset's synthetic cohort")
@@ -169,8 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, compare, distill or benchmark")
+    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, compare, distill, stroke or benchmark")
     parser.add_argument("--share", default="1/1", help="for compare: 2/8 does every eighth cell from the second, for eight jobs at once")
+    parser.add_argument("--networks", default="", help='for stroke: some of its networks, e.g. "attention mamba"')
+    parser.add_argument("--folds", type=int, default=0, help="for stroke: folds to cross-validate the best network in")
     given = parser.parse_args(arguments)
     run = MINISAM if given.action in ("predict", "evaluate") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
@@ -180,11 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.action == "predict":
             if not given.flair:
                 parser.error("predict needs --flair, the scans to segment")
-            print(f"report {predict(run, given.flair, given.out, given.t1)}")
+            print(f"report {predict(run_folders(given.run) or [run], given.flair, given.out, given.t1)}")
         elif given.action == "distill":
             print(f"report {distill(given.preset, given.run, given.medsam, given.out, given.overrides)}")
         elif given.action == "compare":
             print(f"report {compare(given.preset, given.run, given.out, given.overrides, given.share)}")
+        elif given.action == "stroke":
+            print(f"report {stroke(given.preset, given.run, given.out, given.overrides, given.networks, given.folds)}")
         elif given.action == "benchmark":
             print(f"report {benchmark(run, given.out)}")
         elif given.action in ("report", "evaluate"):
@@ -211,11 +227,11 @@ def _conclude(run: RunFolder, seconds: float) -> None:
 
 
 def _results(folder: RunFolder, recipe: Recipe) -> None:
-    from .report import results_text  # imports torch, which the notebooks' own processes need and this one does not
-    from .wording import of_images
+    from .cohort import describe  # imports torch, which the notebooks' own processes need and this one does not
+    from .report import results_text
 
-    text = results_text(read_table(folder.metrics_csv), recipe.seed)
-    print(f"\n{of_images(text) if recipe.inputs.images else text}\n")
+    data = describe(read_table(folder.cohort_csv), recipe.inputs)
+    print(f"\n{results_text(read_table(folder.metrics_csv), recipe.seed, data)}\n")
 
 
 if __name__ == "__main__":

@@ -27,18 +27,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import hardware, storage
 from .adapters import budget
-from .batches import draw_slices
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
-from .errors import InputError, WMHError
+from .errors import WMHError
 from .monitor import Monitor
-from .network import WMHNet, native_precision, weights_bytes
+from .network import build_network, native_precision
 from .processes import Average, GradientSum, StepStatistics, from_main
 from .ranks import Ranks
 from .sections import Training
 from .settings import Recipe
-from .slicestore import load_slices
 from .splits import check_split
+from .trained import weights_bytes
 from .workspace import RunFolder, read_table, table_bytes
 
 _GRACE_S = 60.0  # longer than the main process delivers after an error
@@ -51,7 +50,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     Writes history.csv each epoch, checkpoints every `checkpoint_epochs` and at the end, and best.safetensors whenever the
     validation Dice rises (with training.ema the averaged weights, which are then the ones validated). Returns the history: one
     row an epoch with lr, the training loss and its parts, the validation loss, and val_dice, the mean over validation cases of
-    the Dice at 0.5 over a case's drawn slices, of all and of each site. In several processes, each returns the same.
+    the Dice at 0.5 over a case's drawn slices (of volumes over all of it), of all and of each site. In several processes, each returns the same.
     """
     cases = run.cases()
     check_split(read_table(run.split_csv), cases)
@@ -60,7 +59,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
     with _main_speaks_first(accelerator), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
-        network = WMHNet(recipe).cast_frozen(accelerator.mixed_precision).to(accelerator.device)
+        network = build_network(recipe).cast_frozen(accelerator.mixed_precision).to(accelerator.device)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
         job = Job(run, recipe, accelerator, network, accelerator.prepare(optimizer), GradientSum(network), StepStatistics(network),
@@ -116,16 +115,13 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     history, best = _resume(job, origin, progress)
     if _finished(history, settings):
         return history
-    train, val = (load_slices(cases[cases.split == name], job.recipe.inputs, progress) for name in ("train", "val"))
+    train, val = (job.task.load(cases[cases.split == name], progress) for name in ("train", "val"))
     sites = cases[cases.split == "val"].site.tolist()
-    places = draw_slices(val, settings.val_negatives, job.recipe.seed)
-    for slices, part, setting in ((draw_slices(train, settings.train_negatives, 0), "train", "train_negatives"), (places, "val", "val_negatives")):
-        if not slices:
-            raise InputError(f"the {part} cases have no slice with a lesion, and training.{setting} is 0: add cases with lesions, or raise it")
+    places = job.task.validation_places(train, val)
     with _fitted(job, sum(c.images.nbytes + c.labels.nbytes for c in train + val), len(history) + 1, progress) as monitor:
         while not _finished(history, settings):
             epoch = len(history) + 1
-            row, slices = train_epoch(job, monitor, train, epoch, min((row["train_loss"] for row in history), default=math.inf))
+            row, drawn = train_epoch(job, monitor, train, epoch, min((row["train_loss"] for row in history), default=math.inf))
             row = {"epoch": epoch} | row
             with job.average.swapped_in():
                 if epoch % settings.validate_epochs == 0 or epoch == settings.epochs:
@@ -139,14 +135,14 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
                 keeper.write(run.history_csv, table_bytes(pd.DataFrame(history)))
                 if epoch % settings.checkpoint_epochs == 0 or _finished(history, settings):
                     keeper.checkpoint(epoch, _state(job, origin, history, best))
-            monitor.epoch(history, better, slices)
+            monitor.epoch(history, better, drawn)
     if progress and len(history) < settings.epochs:
         print(f"stopped: no better validation Dice for {settings.patience} epochs (training.patience)", flush=True)
     return history
 
 
 def _fitted(job: Job, data: int, first_epoch: int, progress: bool) -> Monitor:
-    """Let micro-batches and gradient checkpointing be such that they fit, the same in all processes; `data`: bytes of all slices."""
+    """Let micro-batches and gradient checkpointing be such that they fit, the same in all processes; `data`: bytes of all cases."""
     accelerator = job.accelerator
     fitted, why = hardware.fit(job.recipe, accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     job.recipe = Recipe.from_json(from_main(accelerator, {"recipe": fitted.to_json()})["recipe"])
@@ -156,9 +152,9 @@ def _fitted(job: Job, data: int, first_epoch: int, progress: bool) -> Monitor:
         if job.network.started:
             print(f"{', '.join(job.network.started)} start from {job.recipe.encoder.checkpoint}", flush=True)
         print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.2f} %) on "
-              f"{accelerator.device}{f' and {processes - 1} more' if processes > 1 else ''}\n{why}; {data / 1e9:.1f} GB of slices in {tempfile.gettempdir()}", flush=True)
+              f"{accelerator.device}{f' and {processes - 1} more' if processes > 1 else ''}\n{why}; {data / 1e9:.1f} GB of {job.task.stored} in {tempfile.gettempdir()}", flush=True)
     return Monitor(job.run, job.recipe, accelerator.device, first_epoch, hardware.expected_peak(job.recipe, accelerator.device, data), why,
-                   progress, accelerator.is_main_process)
+                   progress, accelerator.is_main_process, job.task.many)
 
 
 def _dice(row: dict) -> float:

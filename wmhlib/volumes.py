@@ -103,7 +103,7 @@ def load_mask(path: str | Path, like: Volume) -> np.ndarray:
 
 def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path | None = None,
               inputs: Inputs | None = None) -> Case:
-    """Read, check and normalise one case, of scans or, with `inputs.images`, of an image. T1 and mask, where given, must lie on the FLAIR's
+    """Read, check and normalise one case, of scans or, with `inputs.images`, of an image. T1 (beside FLAIR alone) and mask, where given, must lie on the scan's
     grid (else InputError)."""
     inputs = inputs or Inputs()
     if pictures.is_image(flair) != inputs.images:
@@ -115,7 +115,7 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     head, inner = _head(volume)
     images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
     images[0] = normalise(volume.data, inner, flair)
-    if t1 and "t1" in inputs.modalities:
+    if t1 and "t1" in inputs.modalities[1:]:
         second = load_volume(t1)
         check_grid(t1, second.image, volume)
         images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
@@ -144,12 +144,12 @@ def need_file(path: str | Path) -> None:
 def check_grid(path: str | Path, image: nib.spatialimages.SpatialImage, like: Volume) -> None:
     """Raise InputError unless `image`, read from `path`, has the shape of `like` and its corners at the same places in mm."""
     if image.shape != like.data.shape:
-        raise InputError(f"{path} has shape {image.shape}, its FLAIR {like.path} {like.data.shape}: expected one grid; "
+        raise InputError(f"{path} has shape {image.shape}, its scan {like.path} {like.data.shape}: expected one grid; "
                          "register or resample it first")
     corners = np.array(np.meshgrid(*((0, n - 1) for n in image.shape), indexing="ij")).reshape(3, -1).T
     shift = np.abs(apply_affine(image.affine, corners) - apply_affine(like.affine, corners)).max()
     if shift > _SHIFT_MM:
-        raise InputError(f"{path} lies elsewhere in space than its FLAIR {like.path} (by up to {shift:.3g} mm): "
+        raise InputError(f"{path} lies elsewhere in space than its scan {like.path} (by up to {shift:.3g} mm): "
                          "expected one grid; register or resample it first")
 
 
@@ -269,7 +269,7 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     for share in _TISSUE:
         parts, count = ndimage.label(coarse > air + share * (bright - air))
         if count == 0:
-            raise InputError(f"{volume.path} shows no head: expected a FLAIR scan of the head")
+            raise InputError(f"{volume.path} shows no head: expected a FLAIR or T1w scan of the head")
         head = parts == 1 + np.bincount(parts.flat)[1:].argmax()
         for z in range(head.shape[2]):
             head[..., z] = ndimage.binary_fill_holes(head[..., z])

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
                  "page")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
-             "connected-components-3d", "nilearn")
+             "connected-components-3d", "nilearn", "monai", "transformers")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,15 @@ class RunFolder:
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
         return self.manifest
+
+
+def run_folders(text: str) -> list[RunFolder]:
+    """The run folders that `text` names: one path, or several (in quotes where one has spaces). InputError for what cannot be split."""
+    try:
+        paths = [text] if text and Path(text).expanduser().exists() else shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{text} cannot be split into run folders ({error}): put a path with spaces in quotes") from None
+    return [RunFolder(path) for path in paths]
 
 
 MINISAM = RunFolder(REPOSITORY / "assets" / SHIPPED)  # the weights that come with the suite, laid out as a run

@@ -109,6 +109,15 @@ CAPTIONS = {
         "Seconds on {machine} as the work grows, every point measured (the encoder's are the faster of two), with the exponent of the line through them. Good: straight "
         "lines of exponent 1 for cases, slices and views; 2 for pixels a side is the number of tokens, more is global attention. By now the process keeps its memory pages, "
         "which a fresh one asks the system for anew: segment_anything's encoder is faster here than in the table above.",
+    "tokens":
+        "One block of 256 channels over the number of tokens on {machine}, forward, fp32, the fastest of several runs, with the exponent of the line through the upper half of the points. Operations "
+        "are products (counted), memory the tensors held at once but for weights. Good: the state space near exponent 1 (its seconds lie above where "
+        "tensors outgrow the caches), and faster than softmax attention from some number of tokens on, whose operations go towards exponent 2. Attention's memory grows linearly too, since torch's fused kernel never holds the whole matrix, and is less: "
+        "the state space in plain torch keeps what a CUDA kernel would compute again.",
+    "volumes":
+        "The networks of volumes against MONAI's UNet and SegResNet of as many parameters on {machine}, in one run, taken in turns: medians (range) of their seconds, `ratio` MONAI's "
+        "over ours; memory (tensors held at once, counted): MONAI's / ours. Above 1 ours is faster. MONAI's UNet halves the resolution in its first convolution and "
+        "so leaves out most of the work at full resolution.",
     "memory":
         "The most memory that the search (arrays, the case in hand and the one before among them) and prediction (tensors) held at once on {machine}. Good: "
         "no more from three cases on, and the same however many slices come.",

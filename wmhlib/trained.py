@@ -1,0 +1,45 @@
+"""What the networks of slices and of volumes have in common: their trained state, as files keep it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .medsam import check_state
+from .spectral import check_bases
+
+
+class TrainedNet(nn.Module):
+    """A network of a `recipe`; `base_sha256` is that of its frozen base, "" where all of it is trained."""
+
+    def live_state(self) -> dict[str, Tensor]:
+        """What training changes, where it lies: the trained parameters, and the buffers of the trained modules (BatchNorm statistics; of
+        a spectral adapter the fingerprint of its basis)."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
+        return {name: value for name, value in self.state_dict().items() if name in trained}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """`live_state` on the CPU, as files keep it."""
+        return {name: value.cpu().contiguous() for name, value in self.live_state().items()}
+
+    def fingerprint(self) -> str:
+        """What tells this network from any other: the sha256 of its base and its trained state."""
+        return hashlib.sha256(weights_bytes(self, {"base_sha256": self.base_sha256})).hexdigest()
+
+    def load_trained_state(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Load what `trained_state` gave; CheckpointError lists each key that does not fit, or names the layer whose singular vectors
+        are others than those it was trained in."""
+        check_state(self.trained_state(), state, f"{source} does not fit the network of its recipe")
+        check_bases(self, state, source)
+        self.load_state_dict(state, strict=False)
+
+
+def weights_bytes(network: TrainedNet, origin: dict[str, str]) -> bytes:
+    """The trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
+    weights and the `split` it was trained on (`RunFolder.split_text`)."""
+    # One key: safetensors shuffles several.
+    return save(network.trained_state(), {"wmhlib": json.dumps(origin)})

@@ -1,0 +1,1 @@
+"""Networks of whole volumes: lesions of any contrast on a grid of cubic voxels."""
