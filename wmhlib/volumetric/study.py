@@ -49,8 +49,8 @@ CAPTIONS = {
         "Cross-validation: every one of {n} cases ({data}) is tested once, by the network of the fold that has not seen it; the last row pools all. "
         "Good: folds level with each other, and with the split above.",
     "export":
-        "The network that was best on validation cases as files that need none of this library, for patches of the recipe's size; error: the largest difference of the logits from "
-        "those of the network, of which 1e-4 is the most that is let through.",
+        "The network that was best on validation cases as files that need none of this library, for patches of the recipe's size; error: the largest "
+        "difference of the logits from those of the network, of which 1e-4 is the most that is let through.",
 }
 
 
