@@ -40,8 +40,8 @@ from wmhlib.workspace import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab or smoke
-run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and for demo and smoke a few synthetic cases made for this
+preset: str = "demo"  # recipe: demo, vessels (images), colab or smoke
+run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and but for colab a few synthetic cases made for this
 out_dir: str = ""  # folder for the grid, one run folder a cell; empty: <root>/compare_<preset>
 methods: str = ""  # which to compare, such as "lora salt full"; empty: all
 ranks: str = ""  # of those that have one, such as "8 24 64"; empty: the preset's

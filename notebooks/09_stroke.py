@@ -158,7 +158,7 @@ if folds:
 # %% [markdown]
 # ## For others
 #
-# The same network as a file, checked against itself.
+# The network that was best on validation cases as a file, checked against itself.
 
 # %%
 exported = study.exported(compare.cell(out / "cells", best, drawn[0]), out, formats)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from wmhlib import agreement, compare, report
+from wmhlib import agreement, compare, metrics, report
 from wmhlib.bench import compared
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.presets import preset
@@ -37,7 +37,7 @@ def test_every_system_and_ablation_of_a_plan_is_a_recipe_of_its_own(name):
 
 
 def test_a_preset_without_a_plan_is_an_error():
-    with pytest.raises(RecipeError, match="known are colab, demo, smoke"):
+    with pytest.raises(RecipeError, match="known are colab, demo, vessels, smoke"):
         compare.plan("base")
 
 
@@ -49,7 +49,7 @@ def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, t
     assert compare.summary(one).empty and compare.reference(one) == ""
     both = compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False)
     assert len(trained) == 4 and all(sides == run.cases().split.tolist() for _, sides in trained)
-    assert both.groupby(["system", "seed"]).ngroups == 4 and both[list(compare.SCORES[:1])].notna().all(None)
+    assert both.groupby(["system", "seed"]).ngroups == 4 and both[list(metrics.SCORES[:1])].notna().all(None)
     pd.testing.assert_frame_equal(compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False), both)
     assert len(trained) == 4
     with pytest.raises(RecipeError, match="belongs to another recipe"):

@@ -17,7 +17,7 @@ from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
-from .metrics import challenge_scores, reference_parts, volume_ml
+from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
 from .settings import Recipe
 from .trained import weights_bytes
 from .training import fit
@@ -26,7 +26,6 @@ from .workspace import RunFolder, read_table, write_table
 
 RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
-SCORES = ("dsc", "hd95", "avd", "recall", "f1")
 VOLUMES = ("reference_ml", "result_ml")
 BASELINE, WITH_T1, WITH_NEIGHBOURS = "recipe", "with T1", "with neighbours"  # of the ablations
 ABLATIONS = {  # what each changes in the recipe
@@ -63,6 +62,8 @@ PLANS = {
     "colab": Plan(),
     "demo": Plan("cohort.synthetic_cases=20", "training.slices=120 training.epochs=3 training.warmup_epochs=0 training.restart_epochs=3 training.checkpoint_epochs=3 "
                  "training.validate_epochs=3", ranks=(16,)),
+    "vessels": Plan("cohort.synthetic_cases=36", "training.epochs=10 training.warmup_epochs=1 training.restart_epochs=9 training.validate_epochs=10",
+                    ranks=(16,), ablations=(BASELINE, "no LoRA on MLPs", "no image skip")),
     "smoke": Plan("cohort.synthetic_cases=6", "training.epochs=1 training.warmup_epochs=0 training.slices=8", ("lora", "salt"), (2,), (0, 1), (BASELINE,)),
 }
 

@@ -58,11 +58,18 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
+def captioned(shown: Figure | pd.DataFrame, words: str) -> None:
+    """Displays a figure or table, and `words` (Markdown, one paragraph) as its caption (see `pages`)."""
+    from IPython.display import Markdown, display
+
+    display(shown, Markdown(words))
+
+
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, its parts, validation Dice and learning rate over `epoch`; columns that are not there are left out."""
     fig, axes = page(2, 2, (8, 5.6), sharex=True)
     panels = {"Loss": dict(train_loss="training", val_loss="validation"),
-              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", scales="scales", tversky="Tversky"),
+              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", tversky="Tversky", scales="scales"),
               "Validation Dice at 0.5": dict(val_dice="validation"), "Learning rate": dict(lr="learning rate")}
     for ax, (title, columns) in zip(axes.flat, panels.items()):
         for (colour, marker), (column, label) in zip(MARKERS, columns.items()):

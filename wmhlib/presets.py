@@ -77,10 +77,10 @@ PRESETS = {
     # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 85/15 by subject: a network of whole volumes, on a GPU.
     "stroke": _STROKE,
     # The same on synthetic heads of 2 mm: minutes on two cores.
-    "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=28, scanners="stroke", scale=2.0),
+    "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=40, scanners="stroke", scale=2.0), split=Split(val=0.15, test=0.25),
                            volume=Volume("attention", spacing=2.0, box=(96, 112, 96), patch=(64, 64, 64)),
-                           training=replace(_STROKE.training, epochs=12, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=11, checkpoint_epochs=2,
-                                            validate_epochs=1, ema=0.98),
+                           training=replace(_STROKE.training, epochs=15, accumulation=1, lr=2e-3, warmup_epochs=1, restart_epochs=14, checkpoint_epochs=3,
+                                            validate_epochs=3, ema=0.99),
                            operating=replace(_STROKE.operating, sizes=(1, 2, 3, 5, 10, 20), sizes_mm3=(16.0, 50.0, 100.0, 200.0, 400.0))),
     # Seconds: the same at toy size, for the tests.
     "stroke-smoke": replace(_STROKE, name="stroke-smoke", cohort=Cohort(synthetic_cases=8, scanners="stroke", scale=4.0),

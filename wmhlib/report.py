@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 
 from . import agreement, uncertainty
 from .evaluation import SYSTEMS, ZERO_SHOT
-from .figures import save_figure
+from .figures import captioned, save_figure
 from .metrics import SCORES
 from .wording import figure_in, of_images, of_strokes, words
 from .workspace import RunFolder
 
-_DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
-_HEADS = dict(dsc="Dice", hd95="HD95 (mm)", avd="AVD (%)", recall="lesion recall", f1="lesion F1")
+DECIMALS = dict(dsc=2, hd95=1, avd=1, recall=2, f1=2)
+HEADS = dict(dsc="Dice", hd95="HD95 (mm)", avd="AVD (%)", recall="lesion recall", f1="lesion F1")
 
 
 def interval(mean: float, low: float, high: float, decimals: int, sign: str = "") -> str:
@@ -48,7 +48,7 @@ def paired_table(metrics: pd.DataFrame, seed: int = 42, baseline: str = SYSTEMS[
     """`baseline` against each other system on the same cases: Dice gained, Wilcoxon's test, Holm's correction. One that sees the
     reference is not tested."""
     table = agreement.compare_systems(metrics[metrics.system != ZERO_SHOT], baseline, "dsc", seed)
-    return pd.DataFrame({"n": table.n, "left out": table.left_out, "Dice gained": _intervals(table, "difference", 3, "+"),
+    return pd.DataFrame({"n": table.n, "left out": table.left_out, "Dice gained": intervals(table, "difference", 3, "+"),
                          "equal pairs": table.zeros, "Wilcoxon W": table.w.map(_plain),
                          "p": table.p.map(_p), "p (Holm)": table.p_holm.map(_p)}).rename_axis(f"{baseline} against")
 
@@ -57,15 +57,15 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     """`search.compare`, ready to read."""
     volume = {"mm3 at least": compared.min_mm3} if compared.min_mm3.any() else {}
     return pd.DataFrame({"threshold": compared.threshold, "voxels at least": compared.min_voxels, **volume,
-                         "TTA": compared.tta.map({True: "yes", False: "no"}), "validation Dice": _intervals(compared, "dsc", 3),
-                         "difference": _intervals(compared, "difference", 3, "+")}).set_axis(compared.point.rename("point"))
+                         "TTA": compared.tta.map({True: "yes", False: "no"}), "validation Dice": intervals(compared, "dsc", 3),
+                         "difference": intervals(compared, "difference", 3, "+")}).set_axis(compared.point.rename("point"))
 
 
 def volume_table(own: pd.DataFrame) -> pd.DataFrame:
     """Agreement of the volumes of one system's rows, in mL and as a ratio (from the log scale)."""
     table = agreement.agreement_table(own)
     names = dict(bias="bias", loa_low="lower limit of agreement", loa_high="upper limit of agreement", icc21="ICC(2,1)", icc31="ICC(3,1)")
-    rows = {heading: _intervals(table, name, 2) for name, heading in names.items()}
+    rows = {heading: intervals(table, name, 2) for name, heading in names.items()}
     rows |= {"R2 about identity": table.r2_identity.map(_plain), "R2 of the fit": table.r2_fit.map(_plain)}
     return pd.DataFrame({"n": table.n.astype(int), "left out (volume 0)": table.left_out.astype(int), **rows}).T.rename_axis(None)
 
@@ -73,22 +73,22 @@ def volume_table(own: pd.DataFrame) -> pd.DataFrame:
 def size_table(lesions: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
     """Detection by lesion size: recall of the reference's lesions and precision of the result's."""
     table = agreement.size_table(lesions, seed)
-    return pd.DataFrame({"reference lesions": table.reference, "found": table.found, "recall": _intervals(table, "recall", 2),
+    return pd.DataFrame({"reference lesions": table.reference, "found": table.found, "recall": intervals(table, "recall", 2),
                          "result lesions": table.result, "true": table.true,
-                         "precision": _intervals(table, "precision", 2)}).set_axis(table["size"].rename("lesion size"))
+                         "precision": intervals(table, "precision", 2)}).set_axis(table["size"].rename("lesion size"))
 
 
 def flag_table(cases: pd.DataFrame, point: dict, seed: int = 42) -> pd.DataFrame:
     """How often the flag of unsure cases (the evaluation's `uncertainty`) was right about a poor Dice."""
     table = uncertainty.flag_table(cases, point["poor_below"], seed)
     of = [f"{count} of {n}" if measure != "Spearman rho" else f"{n} cases" for measure, (count, n) in zip(table.index, table[["count", "n"]].to_numpy())]
-    return pd.DataFrame({"value": _intervals(table, "value", 2), "of": of}).rename_axis("measure")
+    return pd.DataFrame({"value": intervals(table, "value", 2), "of": of}).rename_axis("measure")
 
 
 def case_table(own: pd.DataFrame, flags: pd.DataFrame) -> pd.DataFrame:
     """Every case at the operating point, with its uncertainty and flag."""
     flag = flags.set_index("case")
-    table = own.drop(columns="system").set_index("case").rename(columns=_HEADS | dict(reference_ml="reference (mL)", result_ml="result (mL)"))
+    table = own.drop(columns="system").set_index("case").rename(columns=HEADS | dict(reference_ml="reference (mL)", result_ml="result (mL)"))
     table = table.round({"Dice": 3, "HD95 (mm)": 1, "AVD (%)": 1, "lesion recall": 2, "lesion F1": 2, "reference (mL)": 2, "result (mL)": 2})
     return table.assign(**{"entropy (bits)": flag.entropy.round(2), "uncertainty": flag.uncertainty.round(3),
                            "unsure": flag.unsure.map({True: "unsure", False: ""})})
@@ -107,39 +107,35 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
     """Displays `table` with its caption, in the words of `data`."""
-    from IPython.display import Markdown, display
-
     word = words(data)
     if word is not str:
         if table.empty:  # the zones around ventricles, where there are none
             return
         named = table.index if table.index.name == "case" else table.index.map(word)
         table = table.set_axis(named.rename(word(table.index.name or "")), axis=0).rename(columns=word)
-    display(table, Markdown(caption(name, data, n)))
+    captioned(table, caption(name, data, n))
 
 
 def show(figure: Figure, folder: RunFolder, name: str, data: str, n: int) -> None:
     """Keeps `figure` as figures/<name>.png in `folder` and displays it with its caption, in the words of `data`."""
-    from IPython.display import Markdown, display
-
     word = words(data)
     if word is not str:
         figure = figure_in(figure, word)
     save_figure(figure, folder.figures / f"{name}.png")
-    display(figure, Markdown(caption(name, data, n)))
+    captioned(figure, caption(name, data, n))
 
 
 def _scores(metrics: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:
     rows = {}
     for group, cases in agreement.by_group(metrics, column, seed).groupby(column, sort=False, observed=True):
         scores = cases.set_index("score")
-        left_out = [f"{_HEADS[s]} {scores.nans[s]}" for s in SCORES if scores.nans[s]]
-        rows[group] = {"n": scores.n.iloc[0], **{_HEADS[s]: interval(*scores.loc[s, ["mean", "low", "high"]], _DECIMALS[s]) for s in SCORES},
+        left_out = [f"{HEADS[s]} {scores.nans[s]}" for s in SCORES if scores.nans[s]]
+        rows[group] = {"n": scores.n.iloc[0], **{HEADS[s]: interval(*scores.loc[s, ["mean", "low", "high"]], DECIMALS[s]) for s in SCORES},
                        "left out": ", ".join(left_out) or "none"}
     return pd.DataFrame(rows).T.rename_axis(column)
 
 
-def _intervals(table: pd.DataFrame, name: str, decimals: int, sign: str = "") -> pd.Series:
+def intervals(table: pd.DataFrame, name: str, decimals: int, sign: str = "") -> pd.Series:
     """Column `name` of each row with its interval, which lies in `<name>_low` and `<name>_high`."""
     ends = [f"{name}_{end}" if f"{name}_{end}" in table else end for end in ("low", "high")]
     return pd.Series([interval(*row, decimals, sign) for row in table[[name, *ends]].to_numpy(float)], table.index, dtype=object)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from ..figures import BLUE, LEGEND, POINTS, VERMILLION, page, save_figure
+from ..figures import BLUE, LEGEND, POINTS, VERMILLION, captioned, page, save_figure
 
 _WHO = {"ours": (BLUE, "ours"), "segment_anything": (VERMILLION, "segment_anything, eager"), "eager": (VERMILLION, "straightforward")}
 _PARTS = {"encoder": "o", "MLP": "s", "attention": "^", "decoder": "D"}
@@ -138,10 +138,8 @@ def caption(name: str, machine: dict) -> str:
 
 def show(figure: Figure, folder: str | Path, name: str, machine: dict) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    from IPython.display import Markdown, display
-
     save_figure(figure, Path(folder) / f"{name}.png")
-    display(figure, Markdown(caption(name, machine)))
+    captioned(figure, caption(name, machine))
 
 
 def tell_gpu(found: tuple[pd.DataFrame, dict] | None) -> None:
@@ -158,6 +156,4 @@ def tell_gpu(found: tuple[pd.DataFrame, dict] | None) -> None:
 
 def tell(table: pd.DataFrame, name: str, machine: dict) -> None:
     """Displays `table` with its caption."""
-    from IPython.display import Markdown, display
-
-    display(table, Markdown(caption(name, machine)))
+    captioned(table, caption(name, machine))

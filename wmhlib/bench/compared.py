@@ -7,17 +7,17 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..compare import SCORES, pareto
-from ..figures import BLUE, LEGEND, ORANGE, POINTS, page, save_figure
-from ..report import interval
+from ..compare import pareto
+from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page, save_figure
+from ..metrics import SCORES
+from ..report import DECIMALS, HEADS, intervals
 
-_HEADS = {"dsc": "Dice", "hd95": "HD95 (mm)", "avd": "AVD (%)", "recall": "lesion recall", "f1": "lesion F1"}
-_DECIMALS = {"dsc": 3, "hd95": 1, "avd": 1, "recall": 2, "f1": 2}
+_DECIMALS = DECIMALS | dict(dsc=3)  # methods lie close together
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """`compare.summary`, ready to read."""
-    columns = {_HEADS[score]: [interval(*row, _DECIMALS[score]) for row in table[[score, f"{score}_low", f"{score}_high"]].to_numpy(float)] for score in SCORES}
+    columns = {HEADS[score]: intervals(table, score, _DECIMALS[score]) for score in SCORES}
     if "trainable" in table:
         for name, head, form, scale in (("trainable", "trained", "{:,.0f}", 1), ("adapter", "in the adapter", "{:,.0f}", 1), ("share_percent", "of all", "{:.2f} %", 1),
                                         ("file_mb", "file (MB)", "{:.1f}", 1), ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3),
@@ -70,14 +70,13 @@ def caption(name: str, data: str, table: pd.DataFrame, machine: str = "") -> str
 
 def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    from IPython.display import Markdown, display
-
     save_figure(figure, Path(folder) / f"{name}.png")
-    display(figure, Markdown(words))
+    captioned(figure, words)
 
 
 def tell(table: pd.DataFrame, words: str) -> None:
     """Displays `table` with its caption, or that nothing is finished yet."""
-    from IPython.display import Markdown, display
-
-    display(*([Markdown("No system has all of its seeds yet: run this again when the other jobs are done.")] if table.empty else [table, Markdown(words)]))
+    if table.empty:
+        print("No system has all of its seeds yet: run this again when the other jobs are done.")
+    else:
+        captioned(table, words)

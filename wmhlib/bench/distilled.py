@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import BLUE, GREEN, LEGEND, POINTS, VERMILLION, page, save_figure
+from ..figures import BLUE, GREEN, LEGEND, POINTS, VERMILLION, captioned, page, save_figure
 from .claims import TARGETS
 
 _PANELS = {
@@ -70,14 +70,10 @@ CAPTIONS = {
 
 def show(figure: Figure, folder: str | Path, name: str, data: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    from IPython.display import Markdown, display
-
     save_figure(figure, Path(folder) / f"{name}.png")
-    display(figure, Markdown(CAPTIONS[name].format(data=data)))
+    captioned(figure, CAPTIONS[name].format(data=data))
 
 
 def tell(table: pd.DataFrame, name: str, data: str) -> None:
     """Displays `table` with its caption."""
-    from IPython.display import Markdown, display
-
-    display(table, Markdown(CAPTIONS[name].format(data=data)))
+    captioned(table, CAPTIONS[name].format(data=data))

@@ -185,7 +185,7 @@ def fold_metrics(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def best(curves: pd.DataFrame) -> str:
-    """The network of `histories` with the highest validation Dice: test cases choose nothing."""
+    """The network of the highest validation Dice; `curves` as `histories` gives them."""
     return curves.groupby("system", sort=False).val_dice.max().fillna(-1).idxmax()
 
 
