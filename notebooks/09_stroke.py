@@ -46,7 +46,7 @@ run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<p
 out_dir: str = ""  # folder for the networks, one run folder each; empty: <root>/<preset>_networks
 networks: str = ""  # which, such as "attention mamba"; empty: all. Jobs with one each may share a folder
 seeds: str = "0"  # such as "0 1 2"
-folds: int = 0  # cross-validate the best network in so many folds; 0: do not
+folds: int = 0  # cross-validate the network that is best on validation cases in so many folds; 0: do not
 formats: str = "pt2"  # of the exported network: pt2, onnx, or both
 overrides: str = ""  # settings of all networks to change, the way notebook 01 shows
 
@@ -150,7 +150,7 @@ compared.show(figure, out, "bland_altman", f"{last.system.iloc[0]}. {report.capt
 
 # %%
 best = study.best(curves)
-pooled = study.fold_metrics(study.cross_validate(run, best, folds, out / "folds", overrides)) if folds else None
+pooled = study.fold_metrics(study.cross_validate(run, best, folds, out / "folds", overrides, drawn[0])) if folds else None
 if folds:
     write_table(pooled, out / "folds.csv")
     compared.tell(report.results_table(pooled, recipe.seed), study.caption("folds", data, pooled.case.nunique()))

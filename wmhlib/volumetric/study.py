@@ -28,27 +28,29 @@ CAPTIONS = {
     "networks":
         "The networks, counted: all of each is trained. Budget, cases, loss and augmentation are the same for all.",
     "curves":
-        "Training against validation, a column a network. Above the loss of the patches of each epoch, training with augmentation, validation without; below the "
-        "Dice of whole validation cases, and across the Dice that the kept weights reach on training and on test cases, equally many. Good: both "
-        "losses fall together; a network overfits where the validation loss turns up while the training loss falls, and where training cases score far above test cases.",
+        "Training against validation, a column a network. Above the loss of the patches of each epoch, training with augmentation, validation "
+        "without; below the Dice of whole validation cases, and across the Dice that the kept weights reach on training and on test cases, equally "
+        "many. Good: both losses fall together; a network overfits where the validation loss turns up while the training loss falls, and where "
+        "training cases score far above test cases.",
     "overfitting":
-        "The same in numbers: losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test cases; a large one says that more cases "
-        "would help more than more epochs.",
+        "The same in numbers: losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test "
+        "cases; a large one says that more cases would help more than more epochs.",
     "results":
-        "Mean over {n} test cases ({data}) and {seeds}, in brackets the 95 % bootstrap interval over cases (none below five): one view at 0.5, weights of the epoch that was best on "
-        "validation cases; the ensemble averages the probabilities. Good: high Dice, recall and F1, low HD95 and AVD; intervals that overlap are not told apart here.",
+        "Mean over {n} test cases ({data}) and {seeds}, in brackets the 95 % bootstrap interval over cases (none below five): one view at 0.5, "
+        "weights of the epoch that was best on validation cases; the ensemble averages the probabilities. Good: high Dice, recall and F1, low HD95 "
+        "and AVD; intervals that overlap are not told apart here.",
     "tests":
-        "Paired differences in Dice of the baseline against each other on the same {n} test cases ({data}): bootstrap interval over cases, Wilcoxon's signed-rank test, p "
-        "adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
+        "Paired differences in Dice of the baseline against each other on the same {n} test cases ({data}): bootstrap interval over cases, Wilcoxon's "
+        "signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
     "volumes":
-        "Agreement of lesion volume on {n} test cases ({data}), result minus reference in mL: bias, limits of agreement (Bland-Altman), ICC(2,1) with 95 % intervals, R2 about "
-        "identity. Good: a bias whose interval holds 0, narrow limits, ICC near 1.",
+        "Agreement of lesion volume on {n} test cases ({data}), result minus reference in mL: bias, limits of agreement (Bland-Altman), ICC(2,1) with "
+        "95 % intervals, R2 about identity. Good: a bias whose interval holds 0, narrow limits, ICC near 1.",
     "folds":
-        "Cross-validation: every one of {n} cases ({data}) is tested once, by the network of the fold that has not seen it; the last row pools all. Good: folds level with "
-        "each other, and with the split above.",
+        "Cross-validation: every one of {n} cases ({data}) is tested once, by the network of the fold that has not seen it; the last row pools all. "
+        "Good: folds level with each other, and with the split above.",
     "export":
-        "The best network as files that need none of this library, for patches of the recipe's size; error: the largest difference of the logits from those of the network, of which 1e-4 is "
-        "the most that is let through.",
+        "The network that was best on validation cases as files that need none of this library, for patches of the recipe's size; error: the largest "
+        "difference of the logits from those of the network, of which 1e-4 is the most that is let through.",
 }
 
 
@@ -158,8 +160,8 @@ def volume_table(metrics: pd.DataFrame) -> pd.DataFrame:
     for system, own in metrics.groupby("system", sort=False):
         found = agreement.agreement_table(own).loc["mL"]
         parts = {"bias": ("bias", 2, "+"), "lower limit": ("loa_low", 1, "+"), "upper limit": ("loa_high", 1, "+"), "ICC(2,1)": ("icc21", 2, "")}
-        rows[system] = {"n": int(found.n)} | {head: interval(found[name], found[f"{name}_low"], found[f"{name}_high"], decimals, sign)
-                                              for head, (name, decimals, sign) in parts.items()} | {"R2 about identity": interval(found.r2_identity, *[float("nan")] * 2, 2)}
+        shown = {head: interval(found[name], found[f"{name}_low"], found[f"{name}_high"], decimals, sign) for head, (name, decimals, sign) in parts.items()}
+        rows[system] = {"n": int(found.n)} | shown | {"R2 about identity": f"{found.r2_identity:.2f}"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
 
 
@@ -195,7 +197,8 @@ def exported(place: RunFolder, folder: str | Path, formats: str = "pt2") -> pd.D
     shape = (recipe.inputs.channels, *recipe.volume.patch)
     for name in formats.split():
         path = export(network, Path(folder) / f"{recipe.volume.network}.{name}", shape)
-        rows[path.name] = {"size (MB)": f"{1e-6 * path.stat().st_size:.1f}", "input": f"1 x {' x '.join(map(str, shape))}", "error": f"{check(network, path, shape):.1e}"}
+        rows[path.name] = {"size (MB)": f"{1e-6 * path.stat().st_size:.1f}", "input": f"1 x {' x '.join(map(str, shape))}",
+                           "error": f"{check(network, path, shape):.1e}"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file")
 
 
