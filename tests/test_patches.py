@@ -13,14 +13,14 @@ from wmhlib.volumetric import patches
 from wmhlib.volumetric.patches import augment_volumes, draw_patches, stack_patches
 from wmhlib.volumetric.store import CaseVolume
 
-SETTINGS = Volume("attention", spacing=4.0, box=(48, 64, 48), patch=(16, 32, 16), patches=6, lesion_share=0.5)
+SETTINGS = Volume("attention", spacing=4.0, box=(96, 64, 96), patch=(32, 48, 32), patches=6, lesion_share=0.5)
 OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
 
 def case(name, lesion=True):
-    images = torch.full((2, 48, 64, 48), AIR).half()
-    images[:, 8:40, 8:56, 8:40] = torch.linspace(-1, 1, 48).half()[:, None]
-    labels = torch.zeros(48, 64, 48, dtype=torch.uint8)
+    images = torch.full((2, 96, 64, 96), AIR).half()
+    images[:, 8:88, 8:56, 8:88] = torch.linspace(-1, 1, 48).half()[:, None]
+    labels = torch.zeros(96, 64, 96, dtype=torch.uint8)
     labels[9:11, 50:53, 30] = int(lesion)
     labels[30, 20, 20] = 2
     return CaseVolume(name, images, labels)
@@ -53,16 +53,16 @@ def test_a_draw_depends_on_seed_and_case_alone():
 
 
 def test_a_case_without_a_head_is_refused():
-    empty = CaseVolume("empty", torch.full((1, 48, 64, 48), AIR).half(), torch.zeros(48, 64, 48, dtype=torch.uint8))
+    empty = CaseVolume("empty", torch.full((1, 96, 64, 96), AIR).half(), torch.zeros(96, 64, 96, dtype=torch.uint8))
     with pytest.raises(InputError, match="case empty shows no head"):
         draw_patches([empty], SETTINGS, 0)
 
 
 def test_a_stack_holds_what_lies_at_its_places():
     cases = [case("a"), case("b")]
-    images, labels = stack_patches(cases, [(1, 2, 30, 20), (0, 32, 32, 32)], SETTINGS)
-    assert images.shape == (2, 2, 16, 32, 16) and images.dtype == torch.float32 and labels.shape == (2, 1, 16, 32, 16) and labels.dtype == torch.uint8
-    assert torch.equal(images[0].half(), cases[1].images[:, 2:18, 30:62, 20:36]) and torch.equal(labels[0, 0], cases[1].labels[2:18, 30:62, 20:36])
+    images, labels = stack_patches(cases, [(1, 2, 10, 20), (0, 32, 16, 32)], SETTINGS)
+    assert images.shape == (2, 2, 32, 48, 32) and images.dtype == torch.float32 and labels.shape == (2, 1, 32, 48, 32) and labels.dtype == torch.uint8
+    assert torch.equal(images[0].half(), cases[1].images[:, 2:34, 10:58, 20:52]) and torch.equal(labels[0, 0], cases[1].labels[2:34, 10:58, 20:52])
 
 
 def test_augmentation_off_is_the_identity():

@@ -281,7 +281,7 @@ class Volume:
         require(0.3 <= self.spacing <= 5, "volume.spacing", self.spacing, "0.3 to 5 mm")
         for name in ("box", "patch"):
             size = getattr(self, name)
-            require(len(size) == 3 and all(16 <= n <= 512 and n % 16 == 0 for n in size), f"volume.{name}", size, "three multiples of 16, from 16 to 512 voxels")
+            require(len(size) == 3 and all(32 <= n <= 512 and n % 16 == 0 for n in size), f"volume.{name}", size, "three multiples of 16, from 32 to 512 voxels")
         require(all(small <= large for small, large in zip(self.patch, self.box)), "volume.patch", self.patch, f"no larger than volume.box = {self.box}")
         require(self.patches >= 1, "volume.patches", self.patches, "1 or more")
         require(0 <= self.lesion_share <= 1, "volume.lesion_share", self.lesion_share, "0 to 1")
