@@ -58,7 +58,7 @@ weights: .venv/installed  ## the weights in assets from nothing, hours: SEED=42
 	$(BIN)/python -m wmhlib.shipped adapter runs/flair
 
 test: .venv/tests  ## every test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/tests  ## ruff on library, notebooks and tests
 	$(BIN)/ruff check wmhlib notebooks tests
