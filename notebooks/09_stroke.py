@@ -44,7 +44,7 @@ root = bootstrap()
 preset: str = "stroke-demo"  # recipe: stroke-demo, stroke or stroke-smoke
 run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and for stroke-demo and stroke-smoke synthetic cases made for this
 out_dir: str = ""  # folder for the networks, one run folder each; empty: <root>/<preset>_networks
-networks: str = ""  # which, such as "attention mamba"; empty: all. Jobs with one each may share a folder
+networks: str = ""  # which, such as "attention mamba"; empty: all. Jobs with one each may share a folder; run once more with all when they are done, for the tables
 seeds: str = "0"  # such as "0 1 2"
 folds: int = 0  # cross-validate the network that is best on validation cases in so many folds; 0: do not
 formats: str = "pt2"  # of the exported network: pt2, onnx, or both
@@ -67,6 +67,7 @@ out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks"), presets.preset
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, recipe).recipe(preset)
 named, drawn = study.systems(networks), tuple(int(seed) for seed in seeds.split())
+study.check_request(folds, formats)
 data = cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 print(f"{len(named)} networks x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
 

@@ -63,7 +63,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_stands_wherever_an_engine_do
     assert both.point["threshold"] == pytest.approx(0.45) and both.point["min_voxels"] == 3
     assert both.segment(both.predict(case)).shape == case.volume.data.shape
     assert both.model.fingerprint() not in {each.model.fingerprint() for each in members}
-    with pytest.raises(InputError, match="one kind of input: these have flair; t1"):
+    with pytest.raises(InputError, match="one kind of input: these have flair over 256 mm in 2 views; t1"):
         Ensemble([members[0], WMHInferenceEngine(build_network(preset("smoke")), "cpu")])
 
 

@@ -125,7 +125,7 @@ def test_a_base_without_prompts_says_why_and_leaves_the_cases_alone(recipe, tmp_
 
 def test_a_predicted_case_gets_the_baselines_mask(obedient, boxy):
     case = boxy()
-    item = dict(volume=case.volume, flair_z=case.images[0], inner=case.inner, reference=case.mask, grid=case.grid)
+    item = dict(volume=case.volume, normalised=case.images, inner=case.inner, reference=case.mask, grid=case.grid)
     np.testing.assert_array_equal(next(prompting.with_zero_shot([item], obedient))["zero_shot"], case.mask == 1)
     with pytest.raises(InputError, match="no reference"):
         obedient.zero_shot(dataclasses.replace(case, mask=None))

@@ -122,6 +122,11 @@ def test_what_looks_alike_is_no_lesion(patient):
     assert min(left) < 0.7 and max(left) <= 1 and 0 < max(fluid) <= 1
 
 
+def test_a_head_without_strokes_has_an_empty_mask(monkeypatch):
+    monkeypatch.setattr(strokes.StrokeScan, "kinds", lambda self: [])
+    assert not phantom.make_case("R001", 3, COARSE).mask.any()
+
+
 def test_sites_and_sides_of_the_body_agree_with_the_affine(cases):
     for case in cases:
         (ventricles,), _ = reorient(case.affine, "LPS", case.ventricles)

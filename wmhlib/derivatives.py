@@ -110,7 +110,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
                 if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
-                    spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices without brain skipped"
+                    spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices skipped"
                 rows.append(_row(name, sidecar, kind))
             except Exception as error:  # whatever is wrong with one scan, the others go on
                 reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"

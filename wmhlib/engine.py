@@ -145,7 +145,7 @@ class WMHInferenceEngine:
             contrast = np.abs(case.images.mean(0)) if self.recipe.inputs.images else case.images[0]  # vessels may be dark or bright
             contrast = -contrast if self.recipe.inputs.modalities == ("t1",) else contrast  # on T1 lesions are dark
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
-                   "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast,
+                   "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast, "normalised": case.images,
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,
                    "ventricles": load_ventricles(row.ventricles, case.volume), "grid": case.grid, "image": self.recipe.inputs.images}
 

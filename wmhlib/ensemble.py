@@ -34,9 +34,9 @@ class Ensemble(WMHInferenceEngine):
     """
 
     def __init__(self, engines: Sequence[WMHInferenceEngine], point: dict | None = None):
-        if len({engine.recipe.inputs.modalities for engine in engines}) != 1:
-            seen = "; ".join(sorted({", ".join(engine.recipe.inputs.modalities) for engine in engines})) or "none"
-            raise InputError(f"an ensemble averages runs on one kind of input: these have {seen} (inputs.modalities)")
+        seen = sorted({f"{', '.join(e.recipe.inputs.modalities)} over {e.recipe.inputs.fov:g} mm in {e.recipe.operating.views} views" for e in engines})
+        if len(seen) != 1:
+            raise InputError(f"an ensemble averages runs on one kind of input: these have {'; '.join(seen) or 'none'} (inputs.modalities, inputs.fov, operating.views)")
         first = engines[0]
         self.engines, self.recipe, self.device, self.precision, self.img_size = list(engines), first.recipe, first.device, first.precision, first.img_size
         self.model = Networks([engine.model for engine in engines])

@@ -29,7 +29,7 @@ _SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
 _UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
 _WIDE = replace(_UPRIGHT, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3)  # for scanners of all kinds
 _STROKE = Recipe(name="stroke", inputs=Inputs(modalities=("t1",)), adapter=Adapter(method="none"),
-                 loss=Loss(weights=(0.25, 0.35, 0.25), boundary_weight=4.0, tversky=0.15),
+                 loss=Loss(weights=(0.25, 0.35, 0.25), boundary_weight=4.0, tversky=0.15, scale_weights=(0.0, 0.0, 0.0, 0.0)),
                  augment=replace(_UPRIGHT, scale=0.15, bias_field=0.3, elastic=6.0, resolution=2.5),
                  training=Training(epochs=150, batch_size=2, accumulation=2, lr=5e-4, warmup_epochs=5, restart_epochs=145, weight_decay=1e-4,
                                    checkpoint_epochs=5, validate_epochs=5, precision="bf16", ema=0.999),

@@ -140,7 +140,7 @@ def with_zero_shot(cases: Iterable[dict], base: PromptEngine | None) -> Iterator
     """The cases that `WMHInferenceEngine.cases` gives, each with `zero_shot` (bool H x W x D) for `evaluation`; unchanged without a base."""
     for case in cases:
         if base:
-            case = case | dict(zero_shot=base.zero_shot(Case(case["volume"], case["flair_z"][None], case["inner"], case["reference"], case["grid"])))
+            case = case | dict(zero_shot=base.zero_shot(Case(case["volume"], case["normalised"], case["inner"], case["reference"], case["grid"])))
         yield case
 
 

@@ -19,8 +19,8 @@ def made_with(engine) -> dict:
 
 
 def made_of(scan: dict, engine) -> dict:
-    """The sha256 of a scan's files, T1 only where the network has an input for it. Raises InputError where one is missing."""
-    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities else ""}
+    """The sha256 of a scan's files, a T1 beside it only where the network has an input for that. Raises InputError where one is missing."""
+    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities[1:] else ""}
     for path in filter(None, paths.values()):
         need_file(path)
     return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}

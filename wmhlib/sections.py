@@ -232,7 +232,7 @@ class Operating:
     threshold: float = 0.60
     min_voxels: int = 3
     tta: bool = True
-    views: int = 8  # 8: flips and quarter turns (the group D4); 4: both flips; 2: the left-right flip; 1: none
+    views: int = 8  # 8: flips and quarter turns (the group D4), of volumes all flips; 4: both flips; 2: the left-right flip; 1: none
     thresholds: tuple[float, ...] = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
     sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)  # smallest component kept, voxels
     sizes_mm3: tuple[float, ...] = (3.0, 6.0, 9.0, 15.0, 25.0, 40.0, 60.0)  # the same, mm3; none for images
@@ -273,7 +273,7 @@ class Volume:
     box: tuple[int, ...] = (192, 224, 176)  # of that grid, cut out around the head: left-right, front-back, down-up
     patch: tuple[int, ...] = (96, 96, 96)  # voxels of a training patch and of the sliding window
     patches: int = 4  # of a case in an epoch
-    lesion_share: float = 0.67  # of the patches, centred on a voxel of a lesion
+    lesion_share: float = 0.67  # of the patches, drawn around a voxel of a lesion
     overlap: float = 0.5  # of neighbouring windows, along each axis
 
     def __post_init__(self):

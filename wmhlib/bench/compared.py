@@ -75,8 +75,8 @@ def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
 
 
 def tell(table: pd.DataFrame, words: str) -> None:
-    """Displays `table` with its caption, or that nothing is finished yet."""
+    """Displays `table` with its caption, or that there is nothing to show yet."""
     if table.empty:
-        print("No system has all of its seeds yet: run this again when the other jobs are done.")
+        print("Nothing to show yet: a system counts when all of its seeds are finished, a test needs two systems.")
     else:
         captioned(table, words)

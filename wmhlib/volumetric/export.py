@@ -36,7 +36,7 @@ def export(network: nn.Module, path: str | Path, shape: tuple[int, int, int, int
     a stranger can run their code. Raises InputError for another ending, and WMHError where a package is missing.
     """
     path = Path(path)
-    _check_format(path)
+    check_format(path)
     image, kept = torch.zeros(1, *shape), logging.root.manager.disable
     logging.disable(logging.WARNING)  # that torchvision's operators are not at hand
     try:
@@ -65,7 +65,7 @@ def check(network: nn.Module, path: str | Path, shape: tuple[int, int, int, int]
 
 
 def _run(path: Path, image: Tensor) -> Tensor:
-    _check_format(path)
+    check_format(path)
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(image)
     import onnxruntime
@@ -73,7 +73,8 @@ def _run(path: Path, image: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
 
 
-def _check_format(path: Path) -> None:
+def check_format(path: Path) -> None:
+    """Raises InputError for a path of neither format, WMHError where its packages are missing."""
     if path.suffix not in _NEEDS:
         raise InputError(f"{path} names no format: expected a file that ends in {' or '.join(_NEEDS)}")
     missing = [name for name in _NEEDS[path.suffix] if importlib.util.find_spec(name) is None]

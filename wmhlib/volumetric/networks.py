@@ -38,7 +38,7 @@ class UNet(nn.Module):
     `widths` are the channels of the five scales, finest first. On the way down a scale is a convolution of stride 2 and another one (the finest
     one alone), then a layer of squeeze-and-excitation (Hu et al. 2018) with `squeeze`, then the module that `context` has for it (0 the
     finest). On the way up see `Up`. With `borders` a head of one channel e on the decoder's finest map m opens it to the last
-    head, which sees m (1 + sigmoid(e)) and gives the network's logits: e learns from the boundary loss, which sees these alone. Without, they
+    head, which sees m (1 + sigmoid(e)) and gives the network's logits: e learns from their loss, in which borders weigh more. Without, they
     are those of the finest scale. While `checkpointing`, the backward pass computes every scale again instead of keeping it.
     """
 

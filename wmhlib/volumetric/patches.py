@@ -57,7 +57,7 @@ def augment_volumes(images: Tensor, labels: Tensor, settings: Augment, spacing: 
     turns are not made. All settings at 0 or False, and a resolution of 1, give the batch back unchanged.
 
     The elastic field is a cubic B-spline on knots at least 2.48 times as far apart as its largest coefficient, which cannot fold (Choi & Lee
-    2000, Injectivity conditions of 2D and 3D uniform cubic B-spline functions); its Jacobian is positive, and so is that of the rest.
+    2000, Injectivity conditions of 2D and 3D uniform cubic B-spline functions); its Jacobian is positive, and so is that of the rest but for flips.
     """
     present = images.flatten(2).any(-1)[..., None, None, None]
 
@@ -100,7 +100,7 @@ def _grid(images: Tensor, settings: Augment, spacing: float, uniform) -> Tensor:
     if settings.elastic:
         apart = max(_KNOTS_MM, 1.01 * _INJECTIVE * settings.elastic)
         bases = [_spline((at - at[0]) / apart) for at in places]
-        field = uniform(settings.elastic, 3, *(basis.shape[1] for basis in bases)) * uniform(1, 1, 1, 1, 1).abs()
+        field = uniform(settings.elastic / 3**0.5, 3, *(basis.shape[1] for basis in bases)) * uniform(1, 1, 1, 1, 1).abs()
         for basis in bases:
             field = torch.tensordot(field, basis, ([2], [1]))
         points = points + field.movedim(1, -1)

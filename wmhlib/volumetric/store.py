@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..sections import Inputs, Volume
 from ..slicestore import load_cases
 from ..volumes import load_case
@@ -35,10 +36,12 @@ def load_volumes(rows: pd.DataFrame, inputs: Inputs, settings: Volume, progress:
 
 
 def _prepared(row, inputs: Inputs, settings: Volume) -> tuple[Tensor, Tensor]:
-    """Images and labels of `CaseVolume`."""
+    """Images and labels of `CaseVolume`. InputError where the box holds none of the lesions."""
     case = load_case(row.flair, row.t1, row.mask, inputs)
     box = place_box(case, settings)
     labels = torch.zeros(box.sizes, dtype=torch.uint8)
     for label in (2, 1):
         labels[mask_box(case.mask == label, box)] = label
+    if (case.mask == 1).any() and not (labels == 1).any():
+        raise InputError(f"{row.mask} marks lesions, none of them in the box of {' x '.join(map(str, box.sizes))} voxels around the head: set volume.box larger, or leave the case out")
     return case_box(case, box).half(), labels

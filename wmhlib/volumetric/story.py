@@ -36,7 +36,7 @@ def network(recipe: Recipe, counts: dict) -> str:
 def draws(recipe: Recipe) -> tuple[str, str]:
     """What a batch counts, and what an epoch trains on."""
     volume = recipe.volume
-    return f"patches of {_voxels(volume.patch)}", f"on {volume.patches} patches of each case, {100 * volume.lesion_share:g} % of them with a lesion in the middle half"
+    return f"patches of {_voxels(volume.patch)}", f"on {volume.patches} patches of each case, {100 * volume.lesion_share:g} % of them with a lesion in the middle half, or towards a side where the box ends"
 
 
 def inference(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -21,19 +22,19 @@ from ..sections import NETWORKS
 from ..settings import Recipe
 from ..splits import split_cases
 from ..workspace import RunFolder, read_table, write_table
-from .export import check, export
+from .export import check, check_format, export
 
 ENSEMBLE = "ensemble"
 CAPTIONS = {
     "networks":
         "The networks, counted: all of each is trained. Budget, cases, loss and augmentation are the same for all.",
     "curves":
-        "Training against validation, a column a network. Above the loss of the patches of each epoch, training with augmentation, validation "
+        "Training against validation, a column a network, first seed. Above the loss of the patches of each epoch, training with augmentation, validation "
         "without; below the Dice of whole validation cases, and across the Dice that the kept weights reach on training and on test cases, equally "
         "many. Good: both losses fall together; a network overfits where the validation loss turns up while the training loss falls, and where "
         "training cases score far above test cases.",
     "overfitting":
-        "The same in numbers: losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test "
+        "The same in numbers, first seed: losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test "
         "cases; a large one says that more cases would help more than more epochs.",
     "results":
         "Mean over {n} test cases ({data}) and {seeds}, in brackets the 95 % bootstrap interval over cases (none below five): one view at 0.5, "
@@ -49,8 +50,8 @@ CAPTIONS = {
         "Cross-validation: every one of {n} cases ({data}) is tested once, by the network of the fold that has not seen it; the last row pools all. "
         "Good: folds level with each other, and with the split above.",
     "export":
-        "The network that was best on validation cases as files that need none of this library, for patches of the recipe's size; error: the largest "
-        "difference of the logits from those of the network, of which 1e-4 is the most that is let through.",
+        "The network that was best on validation cases, first seed, as files that need none of this library, for patches of the recipe's size; error: the largest "
+        "difference of the logits from those of the network (relative to the largest logit where that is above 1), of which 1e-4 is the most that is let through.",
 }
 
 
@@ -81,6 +82,14 @@ def systems(names: str = "") -> dict[str, str]:
     if unknown:
         raise RecipeError(f"no network of volumes is called {', '.join(unknown)}: known are {', '.join(NETWORKS)}")
     return {name: f"volume.network={name}" for name in chosen}
+
+
+def check_request(folds: int, formats: str) -> None:
+    """Raise RecipeError or InputError before hours of training for what would fail after them."""
+    if folds == 1 or folds < 0:
+        raise RecipeError(f"folds = {folds} is impossible: expected 0, or 2 or more")
+    for name in formats.split():
+        check_format(Path(f"network.{name}"))
 
 
 def network_table(recipe: Recipe, named: dict[str, str]) -> pd.DataFrame:
@@ -114,7 +123,8 @@ def overfitting(scores: pd.DataFrame, curves: pd.DataFrame, seed: int, folder: s
     rows = []
     for name, history in curves.groupby("system", sort=False):
         place, test = compare.cell(folder, name, seed), scores[(scores.system == name) & (scores.seed == seed)]
-        some = place.cases().query("split == 'train'").head(len(test))
+        some = place.cases().query("split == 'train'")
+        some = some.iloc[np.linspace(0, len(some) - 1, min(len(test), len(some))).round().astype(int)]  # of all sites
         seen = compare.score_cases(WMHInferenceEngine.from_run(place), some, name, seed)
         validated = history.dropna(subset="val_loss")
         kept = validated.val_dice.idxmax() if validated.val_dice.notna().any() else validated.index[-1]
