@@ -86,7 +86,13 @@ of_changes = scores[scores.system.isin([*changed, compare.TTA])]
 costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in of_methods.system.unique()})
 table = compare.summary(of_methods, costs)
 write_table(table, out / "methods.csv")
-compared.tell(compared.shown(table), compared.caption("methods", data, table, claims.machine()))
+compared.tell(compared.shown(table), compared.caption("methods", data, table))
+
+# %% [markdown]
+# What they cost.
+
+# %%
+compared.tell(compared.shown_costs(table), compared.caption("costs", data, table, claims.machine()))
 
 # %% [markdown]
 # What a parameter buys.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -16,15 +17,18 @@ _DECIMALS = DECIMALS | dict(dsc=3)  # methods lie close together
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`compare.summary`, ready to read."""
+    """The scores of `compare.summary`, ready to read."""
     columns = {HEADS[score]: intervals(table, score, _DECIMALS[score]) for score in SCORES}
-    if "trainable" in table:
-        for name, head, form, scale in (("trainable", "trained", "{:,.0f}", 1), ("adapter", "in the adapter", "{:,.0f}", 1), ("share_percent", "of all", "{:.2f} %", 1),
-                                        ("file_mb", "file (MB)", "{:.1f}", 1), ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3),
-                                        ("step_ratio", "step ratio", "{:.2f}", 1)):
-            columns[head] = (table[name] * scale).map(form.format)
-    columns["without HD95"] = table.no_hd95
+    if table.no_hd95.any():
+        columns["without HD95"] = table.no_hd95
     return pd.DataFrame(columns).set_axis(table.system.rename("system"))
+
+
+def shown_costs(table: pd.DataFrame) -> pd.DataFrame:
+    """The costs of `compare.summary`, ready to read."""
+    parts = (("trainable", "trained", "{:,.0f}", 1), ("adapter", "in the adapter", "{:,.0f}", 1), ("share_percent", "of all", "{:.2f} %", 1), ("file_mb", "file (MB)", "{:.1f}", 1),
+             ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3), ("step_ratio", "step ratio", "{:.2f}", 1))
+    return pd.DataFrame({head: (table[name] * scale).map(form.format) for name, head, form, scale in parts}).set_axis(table.system.rename("system"))
 
 
 def pareto_figure(table: pd.DataFrame) -> Figure:
@@ -35,8 +39,9 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
     ax.step(best.adapter, best.dsc, where="post", color=ORANGE, linewidth=1.3, label="no better with as few")
     ax.errorbar(table.adapter, table.dsc, yerr=[table.dsc - table.dsc_low, table.dsc_high - table.dsc], fmt="none", ecolor="0.6", elinewidth=1)
     ax.plot(table.adapter, table.dsc, color=BLUE, marker="o", label="a system: mean and interval over seeds", **POINTS)
-    for row in table.itertuples():
-        ax.annotate(row.system, (row.adapter, row.dsc), (4, 4), textcoords="offset points", fontsize=8)
+    for _, near in table.sort_values("dsc").groupby(np.log10(table.adapter + 1).round(1)):
+        for i, row in enumerate(near.itertuples()):
+            ax.annotate(row.system, (near.adapter.max(), near.dsc.mean()), (7, 6 + 10 * (i - (len(near) - 1) / 2)), textcoords="offset points", va="center", fontsize=8)
     ax.set_xscale("symlog", linthresh=1000)  # the decoder alone has none
     ax.set(xlabel="trained parameters of the encoder or beside it", ylabel="mean Dice", xlim=(-200, None), xticks=[0, *(10**k for k in range(3, 9) if 10**k < table.adapter.max())])
     fig.legend(loc="outside lower center", ncols=2, **LEGEND)
@@ -46,13 +51,15 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
 CAPTIONS = {
     "methods":
         "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, weights of the epoch that was best "
-        "on validation cases. The same base, cases, budget and rate for all, those of the LoRA recipe. Trained: adapter, decoder, channel adapter and skip; its share is "
-        "of all parameters of the network, the frozen encoder included and nothing besides. File: the weights a run leaves. Step: a batch on {machine}, its ratio to that of "
-        "LoRA at the recipe's ranks, with which it took turns; peak: the whole of a fresh process on the CPU. Without HD95: results in which nothing was found, left "
-        "out of its mean. Good: a high Dice for few parameters; intervals that overlap say that the seeds matter as much.",
+        "on validation cases. The same base, cases, budget and rate for all, those of the LoRA recipe. Without HD95: results in which nothing was found, left "
+        "out of its mean. Good: intervals that do not overlap; those that do say that the seeds matter as much.",
+    "costs":
+        "What each costs. Trained: adapter, decoder, channel adapter and skip; its share is of all parameters of the network, the frozen encoder included and nothing besides. "
+        "File: the weights a run leaves. Step: a batch on {machine}, its ratio to that of LoRA at the recipe's ranks, with which it took turns; peak: the whole of a "
+        "fresh process on the CPU. Good: few parameters, a ratio near 1.",
     "pareto":
         "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and not counted here. Good: a point on the line, "
-        "to the left; points whose bars overlap are not told apart here.",
+        "to the left; points whose bars overlap are not told apart here. Names of systems with about as many parameters stand in the order of their Dice.",
     "tests":
         "Paired differences in Dice between the first-named system and each other over the same {n} test cases ({data}), each the mean of {seeds} seeds: bootstrap "
         "interval over cases, Wilcoxon's signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
