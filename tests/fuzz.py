@@ -380,7 +380,7 @@ def _read_sidecar(path: Path, seeds: Seeds) -> None:
     mask.parent.mkdir(parents=True)
     shutil.copy(path, mask)
     try:
-        derivatives._write_overview([], path.parent)
+        derivatives._write_overview([], path.parent, bids.WMH)
     finally:
         for name in (derivatives.TABLE, derivatives.INDEX):
             (path.parent / name).unlink(missing_ok=True)

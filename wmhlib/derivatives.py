@@ -102,7 +102,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
     first, step = (processes.process_index, processes.num_processes) if processes else (0, 1)
     if processes:
         processes.wait_for_everyone()  # until all have named the scans, by what was there
-    made_with, rows = provenance.made_with(engine), []
+    made_with, rows, missing = provenance.made_with(engine), [], "outside the box" if engine.recipe.volume.network else "without brain"
     try:
         for number, scan in list(enumerate(scans.to_dict("records"), 1))[first::step]:
             name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
@@ -110,7 +110,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
                 if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
-                    spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices skipped"
+                    spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices {missing} skipped"
                 rows.append(_row(name, sidecar, kind))
             except Exception as error:  # whatever is wrong with one scan, the others go on
                 reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
