@@ -77,10 +77,10 @@ PRESETS = {
     # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 85/15 by subject: a network of whole volumes, on a GPU.
     "stroke": _STROKE,
     # The same on synthetic heads of 3 mm, two patches of which hold most of a head: minutes on two cores.
-    "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=40, scanners="stroke", scale=3.0), split=Split(val=0.15, test=0.25),
-                           volume=Volume("attention", spacing=3.0, box=(64, 80, 64), patch=(48, 64, 48), patches=2), augment=replace(_STROKE.augment, elastic=4.0, resolution=1.5),
-                           training=replace(_STROKE.training, epochs=30, accumulation=1, lr=2e-3, warmup_epochs=2, restart_epochs=28, checkpoint_epochs=5,
-                                            validate_epochs=5, ema=0.98),
+    "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=60, scanners="stroke", scale=3.0), split=Split(val=0.15, test=0.25),
+                           volume=Volume("attention", spacing=3.0, box=(64, 80, 64), patch=(48, 64, 48), patches=2), augment=replace(_STROKE.augment, rotation=10.0, gamma=0.2, contrast=0.15, brightness=0.1, elastic=4.0, resolution=1.5),
+                           training=replace(_STROKE.training, epochs=50, accumulation=1, lr=2e-3, warmup_epochs=2, restart_epochs=48, checkpoint_epochs=5,
+                                            validate_epochs=5, ema=0.99),
                            operating=replace(_STROKE.operating, sizes=(1, 2, 3, 5, 10, 20), sizes_mm3=(16.0, 50.0, 100.0, 200.0, 400.0))),
     # Seconds: the same at toy size, for the tests.
     "stroke-smoke": replace(_STROKE, name="stroke-smoke", cohort=Cohort(synthetic_cases=8, scanners="stroke", scale=4.0),
