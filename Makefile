@@ -69,6 +69,7 @@ notebooks: .venv/installed  ## the .ipynb from their .py
 assets:  ## the README's figures, from the demo's and the benchmark's
 	cp $(DEMO)/figures/predictions.png $(DEMO)/figures/training_curves.png $(DEMO)/figures/bland_altman.png assets/
 	cp runs/benchmark/roofline.png runs/benchmark/growth.png assets/
+	cp runs/stroke-demo_networks/tokens.png assets/
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	@echo "installing into .venv (once; about a gigabyte of packages)"
