@@ -56,7 +56,7 @@ STROKE = Kind("space-T1w_label-lesion", "T1w", "stroke lesion", "Stroke lesions"
 
 def kind_of(inputs: Inputs) -> Kind:
     """Of the results of a network with these `inputs`."""
-    return STROKE if inputs.modalities == ("t1",) else WMH
+    return STROKE if inputs.t1_alone else WMH
 
 
 def paths(out: Path, name: str, kind: Kind = WMH) -> dict[str, Path]:

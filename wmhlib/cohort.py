@@ -115,7 +115,7 @@ def describe(cases: pd.DataFrame, inputs: Inputs | None = None) -> str:
 
 
 def _contrast(inputs: Inputs | None) -> str:
-    return "t1" if inputs and inputs.modalities == ("t1",) else "flair"
+    return "t1" if inputs and inputs.t1_alone else "flair"
 
 
 def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, contrast: str) -> pd.DataFrame:

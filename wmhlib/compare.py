@@ -16,8 +16,9 @@ from .adapters import budget
 from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
-from .errors import InputError, RecipeError
+from .errors import InputError
 from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
+from .presets import planned
 from .settings import Recipe
 from .trained import weights_bytes
 from .training import fit
@@ -70,9 +71,7 @@ PLANS = {
 
 def plan(preset: str) -> Plan:
     """The plan of `preset`; RecipeError for one that has none."""
-    if preset not in PLANS:
-        raise RecipeError(f"notebook 07 has no preset {preset!r}: known are {', '.join(PLANS)}")
-    return PLANS[preset]
+    return planned(PLANS, preset, "07")
 
 
 def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:

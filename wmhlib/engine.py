@@ -143,7 +143,7 @@ class WMHInferenceEngine:
             case = load_case(row.flair, row.t1, row.mask, self.recipe.inputs)
             prediction = self.predict(case)
             contrast = np.abs(case.images.mean(0)) if self.recipe.inputs.images else case.images[0]  # vessels may be dark or bright
-            contrast = -contrast if self.recipe.inputs.modalities == ("t1",) else contrast  # on T1 lesions are dark
+            contrast = -contrast if self.recipe.inputs.t1_alone else contrast
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
                    "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast, "normalised": case.images,
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,

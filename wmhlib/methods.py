@@ -94,7 +94,7 @@ class Story:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
         parts, images, whole = self.trained_on.split.value_counts(), recipe.inputs.images, bool(recipe.volume.network)
-        zones = not images and (recipe.inputs.modalities != ("t1",) or any(self.evaluated.get("ventricles", "")))
+        zones = not images and (not recipe.inputs.t1_alone or any(self.evaluated.get("ventricles", "")))
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
@@ -152,7 +152,7 @@ class Story:
             points.append(f"The operating point and the limit of the flag rest on {validation}.")
         if images:
             return "\n".join(f"- {point}" for point in [*points, "For research. It is no medical device."])
-        if self.recipe.inputs.modalities == ("t1",):
+        if self.recipe.inputs.t1_alone:
             return "\n".join(f"- {point}" for point in [*points, *volumes.limits(), "For research. It is no medical device."])
         if "synthetic" not in self.data:
             points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")

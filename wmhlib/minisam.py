@@ -9,7 +9,7 @@ import pandas as pd
 
 from . import cohort, download, splits
 from .engine import WMHInferenceEngine, plain_dice
-from .errors import RecipeError
+from .presets import planned
 from .sections import Encoder, Loss
 from .settings import Recipe
 from .workspace import RunFolder, read_table, write_table
@@ -47,9 +47,7 @@ PLAIN_LOSS = Loss(weights=(0.0, 1.0, 1.0), boundary_weight=1.0, scale_weights=(0
 
 def plan(preset: str) -> Plan:
     """The plan of `preset`; RecipeError for one that has none."""
-    if preset not in PLANS:
-        raise RecipeError(f"notebook 08 has no preset {preset!r}: known are {', '.join(PLANS)}")
-    return PLANS[preset]
+    return planned(PLANS, preset, "08")
 
 
 def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:

@@ -91,6 +91,13 @@ PRESETS = {
 }
 
 
+def planned(plans: dict, name: str, notebook: str):
+    """What `plans` have for the preset `name` in a notebook; RecipeError where they have nothing."""
+    if name not in plans:
+        raise RecipeError(f"notebook {notebook} has no preset {name!r}: known are {', '.join(plans)}")
+    return plans[name]
+
+
 def preset(name: str, overrides: str = "") -> Recipe:
     """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke", "vessels", "stroke", "stroke-demo",
     "stroke-smoke"), with `overrides` applied."""

@@ -41,6 +41,11 @@ class Inputs:
         """Whether the cases are images that are no scans."""
         return bool(self.modalities) and set(self.modalities) <= set(COLOURS)
 
+    @property
+    def t1_alone(self) -> bool:
+        """Whether the scans that are segmented are T1w, on which lesions are dark."""
+        return self.modalities == ("t1",)
+
     def __post_init__(self):
         scans = self.modalities in (("t1",), ("flair",), ("flair", "t1"))
         require((scans or self.images) and len(set(self.modalities)) == len(self.modalities), "inputs.modalities", self.modalities,

@@ -52,7 +52,7 @@ class Recipe:
         require(not self.volume.network or scans, "volume.network", self.volume.network, "scans in inputs.modalities and inputs.context=0 with it")
         require(not self.volume.network or not (self.training.slices or self.pretext.tissue or self.pretext.prompts), "volume.network", self.volume.network,
                 "no training.slices and no pretext with it, which are of slices")
-        require(self.cohort.scanners != "stroke" or self.inputs.modalities == ("t1",), "inputs.modalities", self.inputs.modalities,
+        require(self.cohort.scanners != "stroke" or self.inputs.t1_alone, "inputs.modalities", self.inputs.modalities,
                 "('t1',) with cohort.scanners=stroke")
         require(not self.cohort.synthetic_cases or self.inputs.images == (self.cohort.scanners == "vessels"), "cohort.scanners", self.cohort.scanners,
                  "'vessels' for inputs.modalities of images, another for scans")

@@ -17,6 +17,7 @@ from ..ensemble import Ensemble
 from ..errors import RecipeError
 from ..figures import BLUE, GREEN, LEGEND, MARKERS, ORANGE, page
 from ..network import build_network, load_network
+from ..presets import planned
 from ..report import interval
 from ..sections import NETWORKS
 from ..settings import Recipe
@@ -70,9 +71,7 @@ PLANS = {"stroke": Plan(side=96), "stroke-demo": Plan(), "stroke-smoke": Plan((6
 
 def plan(preset: str) -> Plan:
     """The plan of `preset`; RecipeError for one that has none."""
-    if preset not in PLANS:
-        raise RecipeError(f"notebook 09 has no preset {preset!r}: known are {', '.join(PLANS)}")
-    return PLANS[preset]
+    return planned(PLANS, preset, "09")
 
 
 def systems(names: str = "") -> dict[str, str]:
