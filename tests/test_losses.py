@@ -100,7 +100,18 @@ def test_the_total_over_a_volume_is_the_sum_of_its_parts_at_all_scales():
     generator = torch.Generator().manual_seed(1)
     labels = (torch.rand(2, 1, 16, 16, 16, generator=generator) > 0.95).byte()
     fused, *scales = (torch.randn(2, 1, *[16 // f] * 3, generator=generator).requires_grad_() for f in (1, 1, 2, 4))
-    loss, parts = total_loss(fused, scales, labels, Loss(weights=(0.25, 0.35, 0.25), tversky=0.15, boundary_weight=4.0))
+    edges = torch.zeros(2, 1, 16, 16, 16, requires_grad=True)
+    loss, parts = total_loss(fused, scales, labels, Loss(weights=(0.25, 0.35, 0.25), tversky=0.15, boundary_weight=4.0), edges)
     loss.backward()
-    assert list(parts) == ["focal", "dice", "boundary", "tversky", "scales"] and float(sum(parts.values())) == pytest.approx(float(loss.detach()))
-    assert all(float(x.grad.abs().sum()) > 0 for x in (fused, *scales))
+    assert list(parts) == ["focal", "dice", "boundary", "tversky", "scales", "edges"] and float(sum(parts.values())) == pytest.approx(float(loss.detach()))
+    assert all(float(x.grad.abs().sum()) > 0 for x in (fused, *scales, edges))
+
+
+def test_borders_are_pulled_up_on_both_sides_and_everything_else_down():
+    labels, edges = torch.zeros(1, 1, 12, 12, 12, dtype=torch.uint8), torch.zeros(1, 1, 12, 12, 12, requires_grad=True)
+    labels[..., 3:8, 3:8, 3:8] = 1
+    total_loss(torch.zeros_like(edges), [], labels, Loss(), edges)[0].backward()
+    border = torch.zeros_like(labels, dtype=torch.bool)
+    border[..., 2:9, 2:9, 2:9] = True
+    border[..., 4:7, 4:7, 4:7] = False
+    assert torch.equal(edges.grad < 0, border) and bool((edges.grad[~border] > 0).all())

@@ -29,9 +29,10 @@ def test_networks_have_the_parameters_they_are_said_to_have(name, parameters, mi
 @each_network
 def test_logits_are_float_and_lie_on_four_scales(name):
     with torch.inference_mode():
-        logits, scales = network(name, 2)(torch.randn(1, 2, 48, 32, 64))
+        logits, scales, *edges = network(name, 2)(torch.randn(1, 2, 48, 32, 64))
     assert logits.shape == (1, 1, 48, 32, 64) and logits.dtype == torch.float32
     assert [tuple(z.shape) for z in scales] == [(1, 1, 48 // n, 32 // n, 64 // n) for n in (1, 2, 4, 8)]
+    assert [z.shape for z in edges] == [logits.shape] * (name == "mamba")
 
 
 @each_network
@@ -39,9 +40,9 @@ def test_logits_are_float_and_lie_on_four_scales(name):
 def test_gradients_reach_every_parameter(name, precision):
     net, image = network(name).train(), torch.randn(2, 1, 32, 32, 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        logits, scales = net(image)
+        logits, scales, *edges = net(image)
     labels = (image > 1).byte()
-    total_loss(logits, scales, labels, Loss(tversky=0.15))[0].backward()
+    total_loss(logits, scales, labels, Loss(tversky=0.15), *edges)[0].backward()
     assert logits.dtype == torch.float32
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()] == []
 
@@ -67,8 +68,8 @@ def test_checkpointed_gradients_are_the_same(name):
 @each_network
 def test_at_first_nothing_is_a_lesion(name):
     with torch.inference_mode():
-        logits, scales = network(name).eval()(torch.randn(1, 1, 32, 32, 32))
-    assert all(z.sigmoid().mean() < 0.1 for z in (logits, *scales))
+        logits, scales, *edges = network(name).eval()(torch.randn(1, 1, 32, 32, 32))
+    assert all(z.sigmoid().mean() < 0.1 for z in (logits, *scales, *edges))
 
 
 @pytest.mark.parametrize("shape", [(40, 32, 32), (16, 32, 32)])

@@ -52,7 +52,7 @@ class Job:
     def parts(self) -> tuple[str, ...]:
         """The training loss and what it is the sum of."""
         return ("train_loss", "focal", "dice", "boundary", *(("tversky",) if self.recipe.loss.tversky else ()), "scales",
-                *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
+                *(("edges",) if self.network.borders else ()), *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
 
     @property
     def task(self):
@@ -157,7 +157,7 @@ def _batch(job: Job, cases: list, micro: _Places, *number: int) -> tuple[Tensor,
 def _loss(job: Job, cases: list, micro: _Places, *number: int) -> Tensor:
     """The loss of a micro-batch and its parts; only the first has a gradient."""
     images, labels = _batch(job, cases, micro, *number)
-    more = {}
+    edges, more = [], {}
     if job.network.pretext:
         generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "prompts", *number))
         with job.accelerator.autocast():
@@ -165,10 +165,10 @@ def _loss(job: Job, cases: list, micro: _Places, *number: int) -> Tensor:
             fused, scales = job.network.decode(features, images)
             more = job.network.pretext.losses(features, labels, generator)
     else:
-        fused, scales = job.forward(images)
+        fused, scales, *edges = job.forward(images)
     if job.ranks.triplets:
         more["orthogonality"] = job.ranks.regulariser()
-    loss, parts = total_loss(fused, scales, labels, job.recipe.loss)
+    loss, parts = total_loss(fused, scales, labels, job.recipe.loss, *edges)
     return torch.stack([sum(more.values(), loss), *parts.values(), *(part.detach() for part in more.values())])
 
 

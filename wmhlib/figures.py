@@ -69,7 +69,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, its parts, validation Dice and learning rate over `epoch`; columns that are not there are left out."""
     fig, axes = page(2, 2, (8, 5.6), sharex=True)
     panels = {"Loss": dict(train_loss="training", val_loss="validation"),
-              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", tversky="Tversky", scales="scales"),
+              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", tversky="Tversky", scales="scales", edges="borders' map"),
               "Validation Dice at 0.5": dict(val_dice="validation"), "Learning rate": dict(lr="learning rate")}
     for ax, (title, columns) in zip(axes.flat, panels.items()):
         for (colour, marker), (column, label) in zip(MARKERS, columns.items()):

@@ -89,8 +89,8 @@ def estimate(recipe: Recipe, batch_size: int, gradient_checkpointing: bool, prec
             held.add(tensor)
         with held:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
-                fused, scales = network(images)
-            loss, _ = total_loss(fused, scales, labels, recipe.loss)
+                fused, scales, *edges = network(images)
+            loss, _ = total_loss(fused, scales, labels, recipe.loss, *edges)
             if loss.requires_grad:
                 loss.backward()
     kept = _STATES + 4 * bool(training.ema)

@@ -41,15 +41,15 @@ def tversky_loss(logits: Tensor, target: Tensor, valid: Tensor, beta: float) -> 
 
 def boundary_loss(logits: Tensor, target: Tensor, valid: Tensor, weight: float) -> Tensor:
     """Cross-entropy in which pixels on either side of a lesion's border (3 x 3 neighbourhood; of volumes 3 x 3 x 3) weigh `weight`."""
-    border = _near(target > 0.5) & _near(target < 0.5)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return _mean(cross_entropy, valid * (1 + (weight - 1) * border))
+    return _mean(cross_entropy, valid * (1 + (weight - 1) * _border(target)))
 
 
-def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum that is minimised and its parts (focal, dice, boundary, tversky where it weighs anything, scales), all detached.
+def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Loss, edges: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum that is minimised and its parts (focal, dice, boundary, tversky where it weighs anything, scales, edges where given), all detached.
 
-    fused and scales (finest first) are logits; coarse targets are max-pooled, so that a small lesion stays a lesion.
+    fused, scales (finest first) and edges, a map of the borders that `boundary_loss` weighs, are logits; coarse targets are max-pooled, so
+    that a small lesion stays a lesion.
     """
     target, valid = (labels == 1).float(), (labels != 2).float()
     fused = fused.float()
@@ -66,10 +66,18 @@ def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Lo
         factor = labels.shape[-1] // logits.shape[-1]
         small = pool(target, factor) if factor > 1 else target
         known = torch.maximum(small, 1 - pool(1 - valid, factor)) if factor > 1 else valid
-        logits = logits.float()
-        parts["scales"] = parts["scales"] + weight * (
-            focal_loss(logits, small, known, settings.focal_alpha, settings.focal_gamma) + dice_loss(logits, small, known))
+        parts["scales"] = parts["scales"] + weight * _focal_and_dice(logits.float(), small, known, settings)
+    if edges is not None:
+        parts["edges"] = settings.edges * _focal_and_dice(edges.float(), _border(target).float(), valid, settings)
     return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+
+def _focal_and_dice(logits: Tensor, target: Tensor, valid: Tensor, settings: Loss) -> Tensor:
+    return focal_loss(logits, target, valid, settings.focal_alpha, settings.focal_gamma) + dice_loss(logits, target, valid)
+
+
+def _border(target: Tensor) -> Tensor:
+    return _near(target > 0.5) & _near(target < 0.5)
 
 
 def _near(mask: Tensor) -> Tensor:

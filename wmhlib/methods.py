@@ -109,7 +109,7 @@ class Story:
             f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
             f"{_SUBJECTS * (not images)}. Input was {volumes.inputs(recipe) if whole else _normalised(recipe)}. "
             f"{volumes.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
-            f"was the sum of {volumes.loss(recipe.loss) if whole else _loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
+            f"was the sum of {volumes.loss(recipe) if whole else _loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, {drawn}"

@@ -27,7 +27,7 @@ from .settings import Recipe
 from .workspace import RunFolder
 
 _RECENT = 10  # epochs that the remaining time is told from
-_PARTS = ("focal", "dice", "boundary", "tversky", "scales", "tissue", "prompts", "orthogonality")
+_PARTS = ("focal", "dice", "boundary", "tversky", "scales", "edges", "tissue", "prompts", "orthogonality")
 _SITE = "val_dice "  # column of a site's validation Dice: this and its name
 _PATIENCE = 10.0  # seconds that the end of a training waits for the disk
 

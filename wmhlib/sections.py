@@ -117,6 +117,7 @@ class Loss:
     weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # of focal, Dice and boundary loss
     tversky: float = 0.0  # weight of the Tversky loss
     tversky_beta: float = 0.7  # what a missed voxel weighs in it; a false one weighs the rest of 1
+    edges: float = 0.25  # weight of the map of borders, of networks that give one
 
     def __post_init__(self):
         require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "0 to 1")
@@ -126,6 +127,7 @@ class Loss:
                  "four weights of 0 or more")
         require(len(self.weights) == 3 and min(self.weights) >= 0, "loss.weights", self.weights, "three weights of 0 or more")
         require(self.tversky >= 0, "loss.tversky", self.tversky, "0 or more")
+        require(self.edges >= 0, "loss.edges", self.edges, "0 or more")
         require(0 < self.tversky_beta < 1, "loss.tversky_beta", self.tversky_beta, "between 0 and 1")
 
 

@@ -13,8 +13,8 @@ from .networks import build
 
 
 class VolumeNet(TrainedNet):
-    """B x M x X x Y x Z normalised volumes (sides multiples of 16) -> (B x 1 x X x Y x Z logits, logits at the scales, finest first). All of
-    it is trained, from the weights of the recipe's seed."""
+    """B x M x X x Y x Z normalised volumes (sides multiples of 16) -> (B x 1 x X x Y x Z logits, logits at the scales, finest first, and a
+    map of borders of networks that have one: see `networks.UNet`). All of it is trained, from the weights of the recipe's seed."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -22,9 +22,10 @@ class VolumeNet(TrainedNet):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.network = build(recipe.volume, recipe.inputs.channels)
+        self.borders = self.network.edge is not None
         self.checkpoint_gradients(recipe.training.gradient_checkpointing)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]:
         return self.network(x)
 
     def checkpoint_gradients(self, on: bool) -> None:

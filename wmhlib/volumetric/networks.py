@@ -32,14 +32,14 @@ def build(settings: Volume, channels: int) -> UNet:
 
 
 class UNet(nn.Module):
-    """B x C x X x Y x Z -> (logits B x 1 x X x Y x Z, logits at 1/1, 1/2, 1/4 and 1/8, finest first), all float32. Sides are multiples of 16
-    from 32 on; InputError otherwise.
+    """B x C x X x Y x Z -> (logits B x 1 x X x Y x Z, logits at 1/1, 1/2, 1/4 and 1/8, finest first, and with `borders` logits of
+    lesions' borders B x 1 x X x Y x Z), all float32. Sides are multiples of 16 from 32 on; InputError otherwise.
 
     `widths` are the channels of the five scales, finest first. On the way down a scale is a convolution of stride 2 and another one (the finest
     one alone), then a layer of squeeze-and-excitation (Hu et al. 2018) with `squeeze`, then the module that `context` has for it (0 the
-    finest). On the way up see `Up`. With `borders` a head of one channel e on the decoder's finest map m opens it to the last
-    head, which sees m (1 + sigmoid(e)) and gives the network's logits: e learns from their loss, in which borders weigh more. Without, they
-    are those of the finest scale. While `checkpointing`, the backward pass computes every scale again instead of keeping it.
+    finest). On the way up see `Up`. With `borders` a head on the decoder's finest map m gives the
+    logits e of borders, which have a target of their own (`losses.total_loss`), and the network's logits are those of a last head on
+    m (1 + sigmoid(e)); without, they are those of the finest scale. While `checkpointing`, the backward pass computes every scale again instead of keeping it.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...], act: str = "relu", squeeze: bool = False,
@@ -52,11 +52,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(Up(b, a, act, squeeze, 2 if i else 1) for i, (a, b) in enumerate(zip(widths, widths[1:])))
         self.heads = nn.ModuleList(nn.Conv3d(width, 1, 1) for width in widths[:-1])
         self.edge, self.last = (nn.Conv3d(widths[0], 1, 1), nn.Conv3d(widths[0], 1, 1)) if borders else (None, None)
-        for head in (*self.heads, self.last):
+        for head in (*self.heads, self.edge, self.last):
             if head is not None:
                 nn.init.constant_(head.bias, _PRIOR)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]:
         if any(side % 16 or side < 32 for side in x.shape[2:]):
             raise InputError(f"a volume of {' x '.join(map(str, x.shape[2:]))} voxels does not fit the network: sides must be multiples of 16, from 32 on")
         maps = []
@@ -67,7 +67,10 @@ class UNet(nn.Module):
         for up, skip, head in list(zip(self.up, maps, self.heads))[::-1]:
             x = self._run(up, x, skip)
             scales.insert(0, head(x).float())
-        return (scales[0] if self.edge is None else self.last(x * (1 + torch.sigmoid(self.edge(x)))).float()), scales
+        if self.edge is None:
+            return scales[0], scales
+        edges = self.edge(x)
+        return self.last(x * (1 + torch.sigmoid(edges))).float(), scales, edges.float()
 
     def _run(self, part: nn.Module, *given: Tensor) -> Tensor:
         return checkpoint(part, *given, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else part(*given)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ..sections import Loss
 from ..settings import Recipe
 
 NETWORKS = {
     "attention": "a 3-D U-Net of five scales with attention gates (Oktay et al. 2018)",
     "squeeze": "a 3-D U-Net of five scales with attention gates (Oktay et al. 2018), squeeze-and-excitation (Hu et al. 2018) and GELU",
     "mamba": "a 3-D U-Net of five scales with attention gates (Oktay et al. 2018), selective state spaces (Gu and Dao 2023; Zhu et al. 2024) and memory "
-             "attention (Ravi et al. 2024) at the coarse ones, and a gate at borders",
+             "attention (Ravi et al. 2024) at the coarse ones, and a head for lesions' borders that opens the last one to them",
 }
 KEPT = "whole validation cases"  # what the Dice was of that chose the epoch
 
@@ -44,12 +43,14 @@ def inference(recipe: Recipe) -> str:
     return f"Whole volumes were predicted in windows that overlap by {100 * recipe.volume.overlap:g} %, averaged with Gaussian weights. "
 
 
-def loss(settings: Loss) -> str:
+def loss(recipe: Recipe) -> str:
     """The terms of the loss, for "The loss was the sum of ..."."""
+    settings = recipe.loss
     focal, dice, boundary = settings.weights
     more = f" and {settings.tversky:g} Tversky (beta {settings.tversky_beta:g}; Salehi et al. 2017)" if settings.tversky else ""
+    edges = f", with {settings.edges:g} focal and Dice terms of the map of lesions' borders" if recipe.volume.network == "mamba" else ""
     return (f"{focal:g} focal (alpha {settings.focal_alpha:g}, gamma {settings.focal_gamma:g}), {dice:g} Dice, {boundary:g} boundary-weighted "
-            f"({settings.boundary_weight:g}x) cross-entropy{more} terms")
+            f"({settings.boundary_weight:g}x) cross-entropy{more} terms{edges}")
 
 
 def limits() -> list[str]:

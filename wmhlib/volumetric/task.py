@@ -57,7 +57,8 @@ class Patches:
         loss, overlap, both = (torch.zeros(n, dtype=torch.float64) for n in (1, len(cases), len(cases)))
         for i in mine(len(batches)):
             images, labels = (t.to(device) for t in stack_patches(cases, batches[i], recipe.volume))
-            loss += len(batches[i]) * float(total_loss(*forward(images), labels, recipe.loss)[0])
+            fused, scales, *edges = forward(images)
+            loss += len(batches[i]) * float(total_loss(fused, scales, labels, recipe.loss, *edges)[0])
         for i in mine(len(cases)):
             labels = cases[i].labels.to(device)
             found = (probabilities(lambda windows: forward(windows)[0], cases[i].images.float().to(device), recipe.volume, size) > 0.5) & (labels != 2)
