@@ -19,7 +19,7 @@ def network(name, channels=1, seed=0):
     return build(Volume(network=name), channels)
 
 
-@pytest.mark.parametrize("name, parameters, millions", [("attention", 5_654_968, (5.5, 5.9)), ("squeeze", 7_741_128, (7, 8)), ("mamba", 8_675_802, (8, 10))])
+@pytest.mark.parametrize("name, parameters, millions", [("attention", 5_654_968, (5.5, 5.9)), ("squeeze", 7_741_128, (7, 8)), ("mamba", 8_676_314, (8, 10))])
 def test_networks_have_the_parameters_they_are_said_to_have(name, parameters, millions):
     with torch.device("meta"):
         found = sum(p.numel() for p in build(Volume(network=name), 1).parameters())
@@ -137,6 +137,20 @@ def test_what_a_slab_knows_reaches_every_slab_above_it_and_none_below():
     seen = [torch.autograd.grad(out[..., z].sum(), x, retain_graph=True)[0].abs().sum((0, 1, 2, 3)) > 0 for z in range(6)]
     assert [row.tolist() for row in seen[:2]] == [[True] + [False] * 5, [True] * 2 + [False] * 4]
     assert all(row[: z + 1].all() and not row[z + 1 :].any() for z, row in enumerate(seen))  # memories of memories
+
+
+def test_memories_of_memories_do_not_grow_with_the_slabs():
+    torch.manual_seed(0)
+    block, sizes = MemoryAttention(32), []
+    with torch.no_grad():
+        for p in (*block.below.parameters(), *block.remember.parameters()):
+            p *= 2  # as training may
+    for slabs in (4, 24):
+        x = torch.randn(1, 32, 2, 2, slabs, requires_grad=True)
+        out = block(x)
+        out[..., -1].sum().backward()
+        sizes.append((out[..., -1].norm().item(), x.grad.norm().item()))
+    assert all(many < 20 * few for few, many in zip(*sizes))  # without a norm: more than 600 times the gradient
 
 
 def test_memories_know_how_far_below_they_are():

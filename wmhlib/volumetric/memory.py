@@ -34,7 +34,7 @@ class MemoryAttention(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.within, self.below = Attention(dim), Attention(dim, source=narrow)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.remember = nn.Linear(dim, narrow)
+        self.remember = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, narrow))  # without the norm memories of memories grow without bound
         self.nothing = nn.Parameter(0.02 * torch.randn(1, 1, narrow))
         self.distance = nn.Parameter(0.02 * torch.randn(_REACH, narrow))  # the slab just below first
 

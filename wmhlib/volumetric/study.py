@@ -28,14 +28,15 @@ from .export import check, check_format, export
 ENSEMBLE = "ensemble"
 CAPTIONS = {
     "networks":
-        "The networks, counted: all of each is trained. Budget, cases, loss and augmentation are the same for all.",
+        "The networks, counted: all of each is trained. Budget, cases, loss and augmentation are the same for all; mamba's loss has the terms of its map of "
+        "lesions' borders besides, which lift it.",
     "curves":
         "Training against validation, a column a network, first seed. Above the loss of the patches of each epoch, training with augmentation, validation "
         "without; below the Dice of whole validation cases, and across the Dice that the kept weights reach on training and on test cases, equally "
         "many. Good: both losses fall together; a network overfits where the validation loss turns up while the training loss falls, and where "
         "training cases score far above test cases.",
     "overfitting":
-        "The same in numbers, first seed: losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test "
+        "The same in numbers, first seed (losses compare within a network: mamba's counts borders too): losses of the last epoch, Dice of the kept weights (one view at 0.5). Good: a small gap between training and test "
         "cases; a large one says that more cases would help more than more epochs.",
     "results":
         "Mean over {n} test cases ({data}) and {seeds}, in brackets the 95 % bootstrap interval over cases (none below five): one view at 0.5, "
