@@ -19,7 +19,7 @@ help:  ## this list
 demo: .venv/installed  ## notebooks 01-05 on a synthetic cohort: SEED=42 RUN=runs/demo
 	$(SUITE) --preset demo --seed $(SEED) --run "$${RUN:-$(DEMO)}"
 
-pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM=zenodo OVERRIDES=
+pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM= (zenodo or a file, which colab needs) OVERRIDES=
 	$(SUITE) --preset $(PRESET) --seed $(SEED) --run "$${RUN:-runs/$(PRESET)}" --data "$$DATA" --source "$$SOURCE" \
 	  --medsam "$$MEDSAM" --overrides "$$OVERRIDES"
 
@@ -29,7 +29,7 @@ report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
-predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder, OUT=folder T1=path RUN=(the weights in assets; "a b" for the mean of two runs)
+predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder (of images one path), OUT=folder T1=path RUN=(the weights in assets; "a b" for the mean of two runs)
 	$(SUITE) predict --run "$$RUN" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path

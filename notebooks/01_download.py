@@ -75,7 +75,7 @@ print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_d
 # Every file is read now, so that a damaged scan or a mask on another grid stops here and not in the middle of training.
 
 # %%
-checks = cohort.check_cases(cases, recipe.inputs)
+checks = cohort.check_cases(cases, recipe.inputs, recipe.volume)
 write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
 checks.drop(columns="digest")
 

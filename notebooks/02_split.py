@@ -18,7 +18,7 @@
 #
 # # 2 · Train, validation and test cases
 #
-# Deals the subjects over training, validation and test: by site and lesion burden, or by one of three other protocols.
+# Deals the subjects over training, validation and test: by site and lesion burden, or by another protocol.
 # Validation cases will choose the operating point, test cases are looked at once, at the end.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.

@@ -18,7 +18,7 @@
 #
 # # 3 · Training
 #
-# Trains the adapters, the decoder and the channel adapter, the encoder staying frozen; or all of a network of volumes.
+# Trains the adapters, the decoder and the channel adapter, the encoder staying frozen unless `adapter.method` says otherwise; or all of a network of volumes.
 # Stopped at any moment and run again, it goes on from the last checkpoint and ends with the same weights (on a GPU up to the order of its sums).
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.

@@ -14,7 +14,8 @@ import torch
 
 from . import images, layouts, volumes
 from .errors import InputError
-from .sections import Inputs
+from .sections import Inputs, Volume
+from .volumetric.boxes import place_box
 from .workspace import natural
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
@@ -64,8 +65,8 @@ def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     return scans[["case", "subject", "session", "site", "flair", "t1"]]
 
 
-def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None) -> pd.DataFrame:
-    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given) will, and describes it, one row each:
+def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volume | None = None) -> pd.DataFrame:
+    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), and of whole volumes with `volume`, will, and describes it, one row each:
     case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings (none is fatal), digest
     (of the FLAIR's voxels, by which the same scan is known elsewhere).
 
@@ -74,7 +75,7 @@ def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None) -> pd.DataFra
     rows, problems, scans = cases.to_dict("records"), [], {}
     # Unpacking, sorting and filtering leave Python to the other threads; 8 cases at once hold about 1 GB.
     with ThreadPoolExecutor(min(torch.get_num_threads(), 8)) as workers:
-        checked = list(workers.map(partial(_checked, inputs=inputs or Inputs()), rows))
+        checked = list(workers.map(partial(_checked, inputs=inputs or Inputs(), volume=volume or Volume()), rows))
     for row, found in zip(rows, checked):
         if isinstance(found, InputError):
             problems.append(f"{row['case']}: {found}")
@@ -141,7 +142,7 @@ def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, contr
     return table
 
 
-def _checked(row: dict, inputs: Inputs) -> dict | InputError:
+def _checked(row: dict, inputs: Inputs, volume: Volume) -> dict | InputError:
     """The row of one case in the table of checks, or what keeps the case from being used."""
     try:
         loaded = volumes.load_case(row["flair"], row.get("t1"), row["mask"], inputs)
@@ -150,10 +151,10 @@ def _checked(row: dict, inputs: Inputs) -> dict | InputError:
     data = loaded.volume.data
     digest = hashlib.sha256(f"{data.shape}".encode())
     digest.update(data.tobytes())
-    return _description(row, loaded, inputs) | {"digest": digest.hexdigest()}
+    return _description(row, loaded, inputs, volume) | {"digest": digest.hexdigest()}
 
 
-def _description(row: dict, case: volumes.Case, inputs: Inputs) -> dict:
+def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) -> dict:
     flair = case.volume
     voxels = {label: count for label in range(3) if (count := int(np.count_nonzero(case.mask == label)))}
     lesion_ml = voxels.get(1, 0) * float(np.prod(flair.spacing)) / 1000
@@ -162,7 +163,7 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs) -> dict:
     else:
         alone = _contrast(inputs) == "t1"
         notes = [] if alone else _t1_notes(row.get("t1", ""), flair)
-        notes += _mask_notes(case, voxels, lesion_ml, inputs) + _ventricle_notes(row.get("ventricles", ""), case)
+        notes += _mask_notes(case, voxels, lesion_ml, inputs, volume) + _ventricle_notes(row.get("ventricles", ""), case)
         notes += _geometry_notes(flair, axial=not alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
             "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
@@ -194,14 +195,18 @@ def _t1_notes(t1: str, flair: volumes.Volume) -> list[str]:
     return [f"T1 {misfit}: register it before training with it"] if misfit else [] if t1 else ["no T1"]
 
 
-def _mask_notes(case: volumes.Case, voxels: dict[int, int], lesion_ml: float, inputs: Inputs) -> list[str]:
+def _mask_notes(case: volumes.Case, voxels: dict[int, int], lesion_ml: float, inputs: Inputs, volume: Volume) -> list[str]:
     (lesion,), _ = volumes.reorient(case.volume.affine, "LPS", case.mask == 1)
-    (x, width), (y, height) = case.grid.columns, case.grid.rows
-    outside = int(lesion.sum() - lesion[max(0, x): max(0, x + width), max(0, y): max(0, y + height)].sum())
+    seen, where = (case.grid.columns, case.grid.rows), f"the {inputs.fov:g} mm that are looked at: set inputs.fov higher"
+    if volume.network:
+        box = place_box(case, volume)
+        seen = [(start, round(n * step)) for start, n, step in zip(box.starts, box.sizes, box.steps)]
+        where = "the box that is looked at: set volume.box larger"
+    outside = int(lesion.sum() - lesion[tuple(slice(max(0, start), max(0, start + length)) for start, length in seen)].sum())
     notes = ["no lesion"] if not voxels.get(1) else []
     notes += [f"{voxels[2]} voxels of other pathology, ignored"] if voxels.get(2) else []
     notes += [f"{lesion_ml:.0f} mL of lesion: is this a mask of lesions?"] if lesion_ml > _MOST_ML[_contrast(inputs)] else []
-    notes += [f"{outside} lesion voxels outside the {inputs.fov:g} mm that are looked at: set inputs.fov higher"] if outside else []
+    notes += [f"{outside} lesion voxels outside {where}"] if outside else []
     return notes
 
 

@@ -20,7 +20,6 @@ MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi
 KAGGLE_DATASET = "farahmo/wmh-dataset"
 DATAVERSE = "https://dataverse.nl"
 DATAVERSE_DOI = "doi:10.34894/AECRSD"
-SOURCES = ("synthetic", "folder", "kaggle", "dataverse")
 
 
 def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
@@ -47,7 +46,7 @@ def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
         raise InputError(f"{folder.path} holds the evaluation of other cases: choose another folder, or delete it")
     if "digest" not in mine:
         raise InputError(f"{run.cohort_csv} does not say which scans were seen (column digest): run notebook 01 again")
-    cases = cases.merge(check_cases(cases, recipe.inputs), on=["case", "site"])
+    cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
     seen = cases.case[cases.digest.isin(mine.digest[mine.split != "test"])]
     if len(seen):
         raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({', '.join(seen[:5])} ...): "
@@ -68,9 +67,11 @@ def get_cohort(run: RunFolder, source: str = "", folder: str = "") -> Path:
     recipe = run.recipe()
     source = source or ("folder" if folder else "synthetic" if recipe.cohort.synthetic_cases else "")
     target = Path(folder).expanduser() if folder else run.path / "data"
-    if source not in SOURCES or (source == "folder" and not folder):
-        raise RecipeError(f"source {source!r} with data_dir {folder!r} gives no data for preset {recipe.name!r}: "
-                          "set data_dir to your folder of cases, or source to 'kaggle', 'dataverse' or 'synthetic'")
+    challenge = not (recipe.inputs.images or recipe.inputs.t1_alone)  # whose masks were drawn on FLAIR
+    known = [*("kaggle", "dataverse") * challenge, *("synthetic",) * bool(recipe.cohort.synthetic_cases)]
+    if source not in ("folder", *known) or (source == "folder" and not folder):
+        choice = f", or source to {' or '.join(map(repr, known))}" if known else ""
+        raise RecipeError(f"source {source!r} with data_dir {folder!r} gives no data for preset {recipe.name!r}: set data_dir to your folder of cases{choice}")
     t1 = "t1" in recipe.inputs.modalities
     if source == "synthetic":
         _synthetic(target, recipe)

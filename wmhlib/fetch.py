@@ -121,7 +121,7 @@ def retrieve(ask: Ask, target: Path, known_hash: str | None = None, steps: dict 
             raise disk_error(target, error) from None
         break
     raise InputError(f"{target.name} arrived damaged ({f'its checksum is not {known_hash}' if known_hash else 'it does not load'}) "
-                     "and was not kept: run this again, or download it in a browser and give its folder")
+                     "and was not kept: run this again, or download it in a browser and give its path")
 
 
 def persist(action: Callable, what: str, steps: dict | None = None, got: Callable[[], int] = lambda: 0):
@@ -159,8 +159,8 @@ def need_space(folder: str | Path, needed: int) -> None:
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise InputError(f"{folder} needs {_size(needed)} and its disk has {_size(free)} free: free {_size(needed - free)}, or set "
-                         "data_dir to a folder on another disk, then run this again")
+        raise InputError(f"{folder} needs {_size(needed)} and its disk has {_size(free)} free: free {_size(needed - free)}, or choose "
+                         "a folder on another disk, then run this again")
 
 
 def disk_error(path: str | Path, error: OSError) -> InputError:

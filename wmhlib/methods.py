@@ -109,13 +109,13 @@ class Story:
             f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
             f"{_SUBJECTS * (not images)}. Input was {volumes.inputs(recipe) if whole else _normalised(recipe)}. "
             f"{volumes.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
-            f"was the sum of {volumes.loss(recipe) if whole else _loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
+            f"was the sum of {_loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, {drawn}"
             f"{', ' + ', '.join(moves) if moves else ''}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
-            f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
+            f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept{f', averaged over the steps (decay {training.ema:g})' if training.ema else ''}, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
             f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
@@ -182,14 +182,21 @@ def _normalised(recipe: Recipe) -> str:
 
 def _network(recipe: Recipe, counts: dict) -> str:
     return (f"The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; {recipe.encoder.depth} blocks of width "
-            f"{recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}with {_adapter(recipe)}, "
+            f"{recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}{'in NF4 (Dettmers et al. 2023), ' if recipe.encoder.bits == 4 else ''}with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.1f} %) were trained")
 
 
 def _loss(recipe: Recipe) -> str:
-    return (f"focal (alpha {recipe.loss.focal_alpha:g}, gamma {recipe.loss.focal_gamma:g}), Dice and boundary-weighted "
-            f"({recipe.loss.boundary_weight:g}x) cross-entropy terms")
+    loss, pretext = recipe.loss, recipe.pretext
+    terms = zip((*loss.weights, loss.tversky), (
+        f"focal (alpha {loss.focal_alpha:g}, gamma {loss.focal_gamma:g})", "Dice", f"boundary-weighted ({loss.boundary_weight:g}x) cross-entropy",
+        f"Tversky (beta {loss.tversky_beta:g}; Salehi et al. 2017)"))
+    terms = [f"{weight:g} {term}" if set(loss.weights) != {1.0} or loss.tversky else term for weight, term in terms if weight]
+    more = [f"{loss.edges:g} focal and Dice terms of the map of lesions' borders"] * (recipe.volume.network == "mamba" and loss.edges > 0) + [
+        f"{pretext.tissue:g} cross-entropy of the tissues"] * bool(pretext.tissue) + [
+        f"{pretext.prompts:g} loss of the masks that boxes and points ask for"] * bool(pretext.prompts)
+    return " and ".join(filter(None, [", ".join(terms[:-1]), *terms[-1:]])) + " terms" + f", with {' and '.join(more)}" * bool(more)
 
 
 def _inputs(recipe: Recipe) -> str:

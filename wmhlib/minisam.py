@@ -51,11 +51,14 @@ def plan(preset: str) -> Plan:
 
 
 def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
-    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of `recipe`."""
+    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of a synthetic cohort of `recipe`. MissingStepError where the
+    recipe has none."""
+    if not recipe.cohort.synthetic_cases:
+        run.need(run.split_csv, "02_split")
     if not run.split_csv.exists():
         download.open_run(run, recipe)
         cases = cohort.find_cases(download.get_cohort(run), recipe.inputs)
-        checked = cases.merge(cohort.check_cases(cases, recipe.inputs), on=["case", "site"])
+        checked = cases.merge(cohort.check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
         write_table(checked, run.cohort_csv)
         write_table(splits.split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
     return run

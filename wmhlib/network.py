@@ -186,7 +186,7 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[TrainedNet, st
     if network.base_sha256 != origin["base_sha256"]:
         raise CheckpointError(f"weights {path} were trained on the base {origin['base_sha256'][:12]}, "
                               f"{recipe.encoder.checkpoint or 'the random base of this seed'} is "
-                              f"{network.base_sha256[:12]}: give the checkpoint that the run used")
+                              f"{network.base_sha256[:12]}: set encoder.checkpoint in the run's recipe.json to the file that the run used")
     network.load_trained_state(state, path)
     return network.eval(), str(origin.get("split", ""))
 

@@ -88,7 +88,7 @@ def _write(rows: pd.DataFrame, prepare: Callable, file: BinaryIO, progress: bool
                 file.write(tensor.contiguous().numpy())
             file.flush()
         except OSError as error:
-            raise InputError(f"{tempfile.gettempdir()} has no room for the slices of {len(rows)} cases ({error}; those of {len(places) - 1} took "
+            raise InputError(f"{tempfile.gettempdir()} has no room for the images of {len(rows)} cases ({error}; those of {len(places) - 1} took "
                              f"{places[-1][2] / 1e9:.3g} GB): free space there, or set TMPDIR to a folder with more") from None
     return places
 

@@ -149,7 +149,7 @@ def execute(name: str, output: Path, parameters: dict) -> None:
             raise NotebookError(f"{name} stopped: {error.evalue} ({error.ename}){story}") from None
         except DeadKernelError:
             raise NotebookError(f"{name} stopped: its process died, most often for want of memory; close what else runs, or "
-                                "make training.batch_size or inputs.img_size smaller") from None
+                                "make training.batch_size or inputs.img_size (of volumes volume.patch) smaller") from None
         write_atomic(output, executed.read_bytes())
 
 
@@ -172,7 +172,8 @@ def notebook_text(source: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "stroke", "benchmark", "notebooks"))
-    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite)")
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "
+                        "for compare, distill and stroke with a preset that has synthetic cases a folder made for them)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--data", default="", help="folder or CSV of cases; without it a preset's synthetic cohort")

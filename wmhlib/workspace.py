@@ -344,7 +344,7 @@ def _installed(but: set[str]) -> list[str]:
 def _say_without_gpu() -> None:
     import torch  # not before the packages are there
     if not torch.cuda.device_count():  # asks no driver, so that processes can be forked later
-        print("This runtime has no GPU, which is enough for the presets demo and smoke alone. For the others choose Runtime > "
+        print("This runtime has no GPU, which is enough for small networks (presets demo, flair, vessels, stroke-demo, smoke). For the others choose Runtime > "
               "Change runtime type > T4 GPU or better, then run the notebook again.")
 
 

@@ -51,7 +51,7 @@ CAPTIONS = {
         "decoder. Good: both losses fall together, and the student's masks come as close to the objects as the teacher's.",
     "dice":
         "Dice of whole scans, {data}: one view at 0.5, no filter, nothing chosen on them. Teacher and student were adapted by the same recipe on the "
-        "same cases, the student in NF4. Good: points above the dashed line.",
+        "same cases, the student in NF4, as is a ViT-H teacher. Good: points above the dashed line.",
     "fewshot":
         "Dice over the number of labelled slices trained on, {data}. Lines across need no training, or all of it. Good: a curve that nears the level of all slices early.",
     "cross":

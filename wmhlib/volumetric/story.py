@@ -43,16 +43,6 @@ def inference(recipe: Recipe) -> str:
     return f"Whole volumes were predicted in windows that overlap by {100 * recipe.volume.overlap:g} %, averaged with Gaussian weights. "
 
 
-def loss(recipe: Recipe) -> str:
-    """The terms of the loss, for "The loss was the sum of ..."."""
-    settings = recipe.loss
-    focal, dice, boundary = settings.weights
-    more = f" and {settings.tversky:g} Tversky (beta {settings.tversky_beta:g}; Salehi et al. 2017)" if settings.tversky else ""
-    edges = f", with {settings.edges:g} focal and Dice terms of the map of lesions' borders" if recipe.volume.network == "mamba" else ""
-    return (f"{focal:g} focal (alpha {settings.focal_alpha:g}, gamma {settings.focal_gamma:g}), {dice:g} Dice, {boundary:g} boundary-weighted "
-            f"({settings.boundary_weight:g}x) cross-entropy{more} terms{edges}")
-
-
 def limits() -> list[str]:
     """What T1w scans of strokes cannot show."""
     return ["Ventricles, wide sulci, perivascular spaces and old white matter lesions are dark on T1w too; a stroke of the last days may not show there at all."]
