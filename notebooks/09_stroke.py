@@ -67,7 +67,7 @@ out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks"), presets.preset
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, recipe).recipe(preset)
 named, drawn = study.systems(networks), tuple(int(seed) for seed in seeds.split())
-study.check_request(folds, formats)
+study.check_request(run, named, folds, formats, overrides)
 data = cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 print(f"{len(named)} networks x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
 

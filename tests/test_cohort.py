@@ -8,7 +8,7 @@ import pytest
 
 from wmhlib import cohort, layouts, volumes
 from wmhlib.errors import InputError
-from wmhlib.sections import Inputs
+from wmhlib.sections import Inputs, Volume
 from wmhlib.workspace import read_table, write_atomic, write_table
 
 
@@ -441,3 +441,12 @@ def test_large_strokes_on_sagittal_t1w_scans_call_for_no_warning(tiny_nifti):
     tiny_nifti(names[1], lesion.shape, (4.0, 4.0, 4.0), "PSR", lesion)
     row = cohort.check_cases(cohort.find_cases(folder, T1W), T1W).iloc[0]
     assert row.warnings == "" and row.lesion_ml == pytest.approx(460.8)
+    lesion[:2, :2, :2] = 1
+    tiny_nifti(names[1], lesion.shape, (4.0, 4.0, 4.0), "PSR", lesion)
+    box = Volume("attention", spacing=4.0, box=(32, 32, 32), patch=(32, 32, 32))
+    assert "lesion voxels outside the box that is looked at: set volume.box larger" in cohort.check_cases(cohort.find_cases(folder, T1W), T1W, box).warnings[0]
+
+
+def test_maps_of_t1_and_t2w_scans_are_no_t1w_scans(touch):
+    folder = touch("p1_T1w.nii.gz", "p1_T1map.nii.gz", "p2-T1.nii.gz", "p2_T12_T2w.nii.gz", "p3_T1_MPRAGE.nii.gz")
+    assert cohort.find_scans(folder, T1W).case.tolist() == ["p1_T1w", "p2-T1", "p3_T1_MPRAGE"]

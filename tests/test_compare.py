@@ -145,3 +145,9 @@ def test_two_jobs_fill_a_grid_that_a_third_one_reports(tmp_path):
     assert table.system.tolist() == ["lora 2", "salt 2"] and (table.seeds == 2).all()
     for name in ("07_compare.html", "07_compare_1_of_2.html", "pareto.png", "tests.csv", "ablations.csv"):
         assert (tmp_path / "grid" / name).exists(), name
+
+
+def test_a_case_without_hd95_with_one_seed_has_none_in_the_mean(scores):
+    scores = scores.assign(hd95=np.where((scores.seed == 1) & (scores.case == scores.case.iloc[0]) & (scores.system == "full"), np.nan, 2.0))
+    averaged = compare.over_seeds(scores).set_index(["system", "case"])
+    assert averaged.hd95.isna().sum() == 1 and np.isnan(averaged.loc[("full", scores.case.iloc[0]), "hd95"])

@@ -304,6 +304,14 @@ def test_real_presets_ask_for_data(tmp_path):
         download.get_cohort(run)
 
 
+@pytest.mark.parametrize("name, choice", [("colab", "or source to 'kaggle' or 'dataverse'$"), ("vessels", "or source to 'synthetic'$"), ("stroke", "your folder of cases$")])
+def test_only_sources_that_fit_the_scans_are_taken_and_offered(tmp_path, name, choice):
+    run = RunFolder(tmp_path / name).open(preset(name, "encoder.random=true" if name == "colab" else ""))
+    for source in ("dropbox", "dataverse" if name != "colab" else "synthetic"):
+        with pytest.raises(RecipeError, match=choice):
+            download.get_cohort(run, source)
+
+
 def test_weights_that_do_not_fit_open_no_run_folder(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     run = RunFolder(tmp_path / "c")

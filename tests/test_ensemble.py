@@ -15,7 +15,7 @@ from wmhlib.trained import weights_bytes
 from wmhlib.volumes import load_case
 from wmhlib.volumetric import model
 from wmhlib.volumetric.networks import UNet
-from wmhlib.volumetric.windows import FLIPS
+from wmhlib.volumetric.windows import FLIPS, predict_box
 from wmhlib.workspace import RunFolder, read_table, run_folders, write_atomic
 
 
@@ -51,6 +51,21 @@ def test_probabilities_of_a_volume_lie_on_the_scans_own_grid_and_tta_is_the_mean
         assert prob.shape == nibabel.load(scan).shape and prob.dtype == np.float32 and 0 <= prob.min() < prob.max() <= 1
     assert not np.array_equal(found.prob, found.prob_tta) and np.array_equal(found.prob, plain.predict(case, use_tta=False).prob_tta)
     np.testing.assert_array_equal(flipped.predict_volume_probs(scan)[0], found.prob_tta)
+
+
+@pytest.mark.parametrize("views", FLIPS)
+def test_every_view_of_a_volume_comes_back_to_its_place(views, scan):
+    recipe = preset("stroke-smoke")
+    plain, mean, _ = predict_box(lambda windows: windows, load_case(scan, inputs=recipe.inputs), recipe, views, torch.device("cpu"))
+    np.testing.assert_allclose(mean, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [(0.7, 0.7, 5.3), (1.3, 1.1, 4.7)])
+def test_sure_probabilities_are_no_more_than_one_on_any_grid(tiny_nifti, spacing):
+    scan = tiny_nifti("thick.nii.gz", (60, 70, 9), spacing, "LPS")
+    recipe = preset("stroke-smoke", "volume.spacing=1")
+    for prob in predict_box(lambda windows: torch.full_like(windows, 40.0), load_case(scan, inputs=recipe.inputs), recipe, 2, torch.device("cpu"))[:2]:
+        assert prob.max() == 1 and prob.min() >= 0
 
 
 def test_an_ensemble_is_the_mean_of_its_members_and_stands_wherever_an_engine_does(engine, scan):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from wmhlib import cohort, minisam, suite, teacher
 from wmhlib.bench import distilled
-from wmhlib.errors import RecipeError
+from wmhlib.errors import MissingStepError, RecipeError
 from wmhlib.losses import dice_loss, total_loss
 from wmhlib.presets import preset
 from wmhlib.sections import Inputs
@@ -83,3 +83,8 @@ def test_the_notebook_leaves_student_adapters_tables_and_figures(smoke_run, tmp_
     assert RunFolder(out / "student").recipe().encoder.bits == 4
     table = read_table(out / "claims.csv")
     assert {"student", "teacher", "vit_h"} <= set(table.student) and table.dice.notna().sum() == 1
+
+
+def test_without_a_cohort_of_its_own_a_run_is_to_be_prepared_first(tmp_path):
+    with pytest.raises(MissingStepError, match="split.csv is missing: run notebook 02_split first"):
+        minisam.prepare(RunFolder(tmp_path / "run"), preset("stroke"))

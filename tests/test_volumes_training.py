@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmhlib import hardware, tasks, training
 from wmhlib.adapters import budget
-from wmhlib.errors import RecipeError, WMHError
+from wmhlib.errors import InputError, RecipeError, WMHError
 from wmhlib.network import build_network, load_network
 from wmhlib.presets import preset
 from wmhlib.sections import NETWORKS
@@ -122,6 +123,17 @@ def test_the_validation_loss_is_that_of_patches_drawn_as_for_training_and_dice_t
     case = task.CaseVolume("a", torch.where(labels > 0, 4.0, -4.0)[None].half(), labels)
     volumes = tasks.task_of(recipe)
     places = volumes.validation_places([case], [case])
-    assert places == volumes.validation_places([], [case]) and len(places) == recipe.volume.patches
+    assert places == volumes.validation_places([case, case], [case]) and len(places) == recipe.volume.patches
     loss, overlap, both = volumes.validate(lambda x: (x, [x]), [case], places, range, torch.device("cpu"))
     assert overlap.item() == 8**3 and both.item() == 2 * 8**3 and math.isfinite(loss)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_a_lesion_is_named_before_training(new_run, part):
+    run = new_run("run")
+    cases = tasks.task_of(run.recipe()).load(run.cases().query("split != 'test'"), False)
+    sides = {"train": cases[:1], "val": cases[:1]} | {part: [replace(cases[0], labels=0 * cases[0].labels)]}
+    with pytest.raises(InputError, match=f"no {part} case has a lesion"):
+        tasks.task_of(run.recipe()).validation_places(**sides)
+    with pytest.raises(InputError, match=f"no {part} case has a lesion"):
+        tasks.task_of(run.recipe()).validation_places(**sides | {part: []})

@@ -28,7 +28,7 @@ _ENDINGS = {"mask": "mask.nii.gz", "probability": "probseg.nii.gz", "entropy": "
 _NOT_BIDS = "*_lesions.*\n*_statmap.*\n*_thumbnail.jpg\n*.html\n/*.csv\n"
 _SCAN = re.compile(r"(sub-[A-Za-z0-9+]+)(_ses-[A-Za-z0-9+]+)?((?:_[a-z]+-[A-Za-z0-9+]+)*)_(?:FLAIR|T1w)")
 _OWN_ENTITIES = re.compile(r"_(?:space|res|den|label|desc|stat)-[A-Za-z0-9+]+")  # results have their own
-_NO_SUBJECT, _CONTRASTS = ("", "pre", "orig", "anat"), ("flair", "t1w")
+_NO_SUBJECT, _CONTRASTS = ("", "pre", "orig", "anat"), ("flair", "t1w", "t1")
 _LESION_COLUMNS = {
     "lesion": ("", "26-connected component of the mask, largest first"), "voxels": ("", "voxels"),
     "volume_mm3": ("mm^3", "volume"), "volume_ml": ("mL", "volume"), "x_mm": ("mm", "centroid, to the patient's right (RAS)"),

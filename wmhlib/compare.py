@@ -204,9 +204,10 @@ def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataF
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Each system's mean score, and volumes, of each case over the seeds: a metrics table for `agreement` and `report`."""
+    """Each system's mean score, and volumes, of each case over the seeds: a metrics table for `agreement` and `report`. A score that a seed lacks
+    is lacking in the mean."""
     values = [name for name in (*SCORES, *VOLUMES) if name in scores]
-    return scores.groupby(["system", "case"], sort=False, as_index=False)[values].mean()
+    return scores.groupby(["system", "case"], sort=False, as_index=False)[values].agg(lambda seeds: seeds.mean(skipna=False))
 
 
 def pareto(table: pd.DataFrame) -> pd.Series:

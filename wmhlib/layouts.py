@@ -23,6 +23,7 @@ _LESIONS = ("wmh", "wml", "lesion", "lesions", "l")  # BIDS label entities, lowe
 _VENTRICLES = ("ventricle", "ventricles", "csfventricles", "ventriclescsf")
 _NO_SCAN = {"t1", "t1w", "mask", "brainmask", "seg", "dseg", "label", "prob", "probseg", "wmh", "wml", "lesion", "lesions",
             "ventricle", "ventricles", "spread"}
+_T1W = re.compile("t1(w|weighted|mprage|mpr|gd|c|ce)?")  # no map of T1
 
 
 def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> list[dict]:
@@ -191,7 +192,7 @@ def _plain(files: list[Path], root: Path, contrast: str) -> list[dict]:
     rows, others = [], _NO_SCAN if contrast == "flair" else _NO_SCAN - {"t1", "t1w"}
     for path in files:
         words = re.split(r"[^a-z0-9]+", stem(path).lower())
-        named = (word.startswith("t1") if contrast == "t1" else "flair" in word for word in words)
+        named = (_T1W.fullmatch(word) if contrast == "t1" else "flair" in word for word in words)
         if any(named) and not others & set(words):
             case = clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
             rows.append(candidate(case, case, root.name, flair=[path]))

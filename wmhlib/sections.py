@@ -121,7 +121,7 @@ class Loss:
 
     def __post_init__(self):
         require(0 <= self.focal_alpha <= 1, "loss.focal_alpha", self.focal_alpha, "0 to 1")
-        require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
+        require(self.focal_gamma == 0 or self.focal_gamma >= 1, "loss.focal_gamma", self.focal_gamma, "0, or 1 or more: in between its slope has no bound")
         require(self.boundary_weight >= 1, "loss.boundary_weight", self.boundary_weight, "1 or more")
         require(len(self.scale_weights) == 4 and min(self.scale_weights) >= 0, "loss.scale_weights", self.scale_weights,
                  "four weights of 0 or more")

@@ -50,6 +50,7 @@ CAPTIONS = {
         "95 % intervals, R2 about identity. Good: a bias whose interval holds 0, narrow limits, ICC near 1.",
     "folds":
         "Cross-validation: every one of {n} cases ({data}) is tested once, by the network of the fold that has not seen it; the last row pools all. "
+        "Which of the networks it is was chosen on some of these cases. "
         "Good: folds level with each other, and with the split above.",
     "export":
         "The network that was best on validation cases, first seed, as files that need none of this library, for patches of the recipe's size; error: the largest "
@@ -84,10 +85,14 @@ def systems(names: str = "") -> dict[str, str]:
     return {name: f"volume.network={name}" for name in chosen}
 
 
-def check_request(folds: int, formats: str) -> None:
+def check_request(run: RunFolder, named: dict[str, str], folds: int, formats: str, overrides: str = "") -> None:
     """Raise RecipeError or InputError before hours of training for what would fail after them."""
+    for more in named.values():
+        run.recipe().with_overrides(f"{overrides} {more}")
     if folds == 1 or folds < 0:
         raise RecipeError(f"folds = {folds} is impossible: expected 0, or 2 or more")
+    if folds:
+        split_cases(read_table(run.cohort_csv), run.recipe().with_overrides(_fold(overrides, folds, 0)))
     for name in formats.split():
         check_format(Path(f"network.{name}"))
 
@@ -181,11 +186,15 @@ def cross_validate(run: RunFolder, network: str, folds: int, folder: str | Path,
     cohort, found = read_table(run.cohort_csv), []
     for fold in range(folds):
         place = RunFolder(Path(folder) / f"fold_{fold + 1}_of_{folds}").open(
-            run.recipe().with_overrides(f"{overrides} split.protocol=k-fold split.folds={folds} split.fold={fold}"))
+            run.recipe().with_overrides(_fold(overrides, folds, fold)))
         write_table(cohort, place.cohort_csv)
         write_table(split_cases(cohort, place.recipe()), place.split_csv)
         found.append(compare.train(place, systems(network), (seed,), place.path / "cells", progress=False).assign(fold=fold + 1))
     return pd.concat(found, ignore_index=True)
+
+
+def _fold(overrides: str, folds: int, fold: int) -> str:
+    return f"{overrides} split.protocol=k-fold split.held_out= split.folds={folds} split.fold={fold}"
 
 
 def fold_metrics(scores: pd.DataFrame) -> pd.DataFrame:

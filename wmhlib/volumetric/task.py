@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batches import drop_modalities
+from ..errors import InputError
 from ..losses import total_loss
 from ..settings import Recipe
 from ..tasks import Forward, Sums
@@ -41,7 +42,11 @@ class Patches:
         return draw_patches(cases, self.recipe.volume, stable_seed(self.recipe.seed, "patches", epoch))
 
     def validation_places(self, train: list[CaseVolume], val: list[CaseVolume]) -> list[Place]:
-        """The patches of every validation loss, drawn as those of training are, so that the two losses can be compared."""
+        """The patches of every validation loss, drawn as those of training are, so that the two losses can be compared. Raises InputError where
+        no case of either part has a lesion in its box."""
+        for part, cases in (("train", train), ("val", val)):
+            if not any(len(case.lesion) for case in cases):
+                raise InputError(f"no {part} case has a lesion in its box: split the cases anew, or add some with lesions")
         return draw_patches(val, self.recipe.volume, self.recipe.seed)
 
     def batch(self, cases: list[CaseVolume], places: list[Place], device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,9 @@ def predict_box(logits: Callable[[Tensor], Tensor], case: Case, recipe: Recipe, 
     plain = total = None
     for axes in FLIPS[views]:
         turned = images.flip([axis + 1 for axis in axes])
-        view = probabilities(logits, turned, recipe.volume, recipe.training.batch_size).flip(axes).clamp_(0, 1)
+        view = probabilities(logits, turned, recipe.volume, recipe.training.batch_size).flip(axes)
         plain, total = (view, view) if total is None else (plain, total + view)
     first, last = box.starts[2], box.starts[2] + round(box.sizes[2] * box.steps[2])
     inside = max(0, min(last, case.grid.depth) - max(first, 0))
-    return from_box(plain, box), from_box(total / len(FLIPS[views]), box), case.grid.depth - inside
+    plain, mean = (from_box(prob, box).clip(0, 1) for prob in (plain, total / len(FLIPS[views])))  # the weights of a resize add up to 1 but for rounding
+    return plain, mean, case.grid.depth - inside
