@@ -86,7 +86,7 @@ of_changes = scores[scores.system.isin([*changed, compare.TTA])]
 costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in of_methods.system.unique()})
 table = compare.summary(of_methods, costs)
 write_table(table, out / "methods.csv")
-compared.tell(compared.shown(table), compared.caption("methods", data, table))
+compared.tell(compared.shown(table, data), compared.caption("methods", data, table))
 
 # %% [markdown]
 # What they cost.
@@ -116,7 +116,7 @@ compared.tell(tests, compared.caption("tests", data, table))
 # %%
 table = compare.summary(of_changes)
 write_table(table, out / "ablations.csv")
-compared.tell(compared.shown(table), compared.caption("ablations", data, table))
+compared.tell(compared.shown(table, data), compared.caption("ablations", data, table))
 
 # %% [markdown]
 # Paired tests of the recipe against each change.

@@ -110,7 +110,8 @@ def test_a_result_without_hd95_is_counted_and_left_out_of_its_mean(scores):
     scores.loc[scores.index[:8], "hd95"] = np.nan  # of "none" all cases of a seed
     row = compare.summary(scores).set_index("system").loc["none"]
     assert row.no_hd95 == 8 and row.hd95 == 5 and row.hd95_low == 5
-    assert "without HD95" in compared.shown(compare.summary(scores))
+    assert {"without HD95", "HD95 (mm)"} <= set(compared.shown(compare.summary(scores), "synthetic cases"))
+    assert "HD95 (px)" in compared.shown(compare.summary(scores), "synthetic images")
 
 
 def test_the_front_holds_what_no_leaner_system_beats():

@@ -12,16 +12,17 @@ from ..compare import pareto
 from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page, save_figure
 from ..metrics import SCORES
 from ..report import DECIMALS, HEADS, intervals
+from ..wording import words as in_words
 
 _DECIMALS = DECIMALS | dict(dsc=3)  # methods lie close together
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The scores of `compare.summary`, ready to read."""
+def shown(table: pd.DataFrame, data: str = "") -> pd.DataFrame:
+    """The scores of `compare.summary`, ready to read, in the words of `data`."""
     columns = {HEADS[score]: intervals(table, score, _DECIMALS[score]) for score in SCORES}
     if table.no_hd95.any():
         columns["without HD95"] = table.no_hd95
-    return pd.DataFrame(columns).set_axis(table.system.rename("system"))
+    return pd.DataFrame(columns).set_axis(table.system.rename("system")).rename(columns=in_words(data))
 
 
 def shown_costs(table: pd.DataFrame) -> pd.DataFrame:
