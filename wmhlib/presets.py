@@ -77,7 +77,7 @@ PRESETS = {
                       cohort=Cohort(synthetic_cases=50, scanners="vessels")),
     # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 85/15 by subject: a network of whole volumes, on a GPU.
     "stroke": _STROKE,
-    # The same on synthetic heads of 3 mm, two patches of which hold most of a head: some ten minutes a network on one core. Flips are all that changes them:
+    # The same on synthetic heads of 3 mm, two patches of which hold most of a head: ten to twenty minutes a network on one core. Flips are all that changes them:
     # whatever resamples such voxels blurs them, and so small a budget does not make up for it.
     "stroke-demo": replace(_STROKE, name="stroke-demo", cohort=Cohort(synthetic_cases=60, scanners="stroke", scale=3.0), split=Split(val=0.15, test=0.25),
                            volume=Volume("attention", spacing=3.0, box=(64, 80, 64), patch=(48, 64, 48), patches=2), augment=_FLIPS,
