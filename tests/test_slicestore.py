@@ -30,5 +30,5 @@ def test_slices_of_a_cohort_lie_in_a_file_without_a_name_and_not_in_memory(split
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full disk to write to")
 def test_a_disk_that_is_full_names_the_folder_and_the_way_out(split_cohort, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))
-    with pytest.raises(InputError, match=f"{tempfile.gettempdir()} has no room for the slices of 9 cases .*No space left.*TMPDIR"):
+    with pytest.raises(InputError, match=f"{tempfile.gettempdir()} has no room for the images of 9 cases .*No space left.*TMPDIR"):
         load_slices(split_cohort[0], Inputs(img_size=32), progress=False)
