@@ -1,15 +1,22 @@
 """The networks of volumes: sizes, shapes, gradients, and their state spaces against a plain recurrence."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from wmhlib import hardware
 from wmhlib.errors import InputError
 from wmhlib.losses import total_loss
+from wmhlib.network import build_network
+from wmhlib.presets import preset
 from wmhlib.sections import NETWORKS, Loss, Volume
 from wmhlib.volumetric.memory import Attention, MemoryAttention, position_code
 from wmhlib.volumetric.networks import build
 from wmhlib.volumetric.statespace import OverTokens, VisionMamba
+from wmhlib.volumetric.windows import probabilities
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -173,3 +180,22 @@ def test_attention_equals_torchs():
 def test_each_place_has_a_code_of_its_own():
     code = position_code(14, 12, 64)
     assert code.shape == (168, 64) and len(torch.unique(code, dim=0)) == 168
+
+
+@each_network
+def test_a_whole_volume_of_atlas_is_predicted_within_8_gb(name):
+    recipe, window, whole = preset("stroke", f"volume.network={name}"), hardware.Held(), hardware.Held()
+    assert math.prod(recipe.volume.box) >= 192 * 224 * 176
+    with torch.device("meta"):
+        network = build_network(recipe)
+    with torch.inference_mode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network = network.to_empty(device="cpu").eval()
+            images = torch.empty(recipe.training.batch_size, 1, *recipe.volume.patch)
+            for tensor in (*network.parameters(), *network.buffers(), images):
+                window.add(tensor)
+            with window:
+                network(images)
+        with whole:
+            probabilities(lambda windows: windows, torch.zeros(1, *recipe.volume.box), recipe.volume, recipe.training.batch_size)
+    assert 1e9 < hardware._PROCESS + hardware._MALLOC * (window.peak + whole.peak) < 8e9

@@ -66,8 +66,8 @@ def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
 
 
 def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volume | None = None) -> pd.DataFrame:
-    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), and of whole volumes with `volume`, will, and describes it, one row each:
-    case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings (none is fatal), digest
+    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), of whole
+    volumes where `volume` names a network, will, and describes it, one row each: case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings (none is fatal), digest
     (of the FLAIR's voxels, by which the same scan is known elsewhere).
 
     Raises InputError with every case that cannot be used and the file to mend; one scan under two names is such a case.
@@ -161,10 +161,9 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) 
     if inputs.images:
         notes = [] if voxels.get(1) else ["nothing is marked"]
     else:
-        alone = _contrast(inputs) == "t1"
-        notes = [] if alone else _t1_notes(row.get("t1", ""), flair)
+        notes = [] if inputs.t1_alone else _t1_notes(row.get("t1", ""), flair)
         notes += _mask_notes(case, voxels, lesion_ml, inputs, volume) + _ventricle_notes(row.get("ventricles", ""), case)
-        notes += _geometry_notes(flair, axial=not alone)
+        notes += _geometry_notes(flair, axial=not inputs.t1_alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
             "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
             "labels": ", ".join(f"{label}: {n}" for label, n in voxels.items()), "lesion_ml": lesion_ml,

@@ -52,7 +52,7 @@ class Job:
     def parts(self) -> tuple[str, ...]:
         """The training loss and what it is the sum of."""
         return ("train_loss", "focal", "dice", "boundary", *(("tversky",) if self.recipe.loss.tversky else ()), "scales",
-                *(("edges",) if self.network.borders else ()), *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
+                *(("edges",) if self.recipe.volume.borders else ()), *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
 
     @property
     def task(self):

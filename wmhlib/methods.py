@@ -193,7 +193,7 @@ def _loss(recipe: Recipe) -> str:
         f"focal (alpha {loss.focal_alpha:g}, gamma {loss.focal_gamma:g})", "Dice", f"boundary-weighted ({loss.boundary_weight:g}x) cross-entropy",
         f"Tversky (beta {loss.tversky_beta:g}; Salehi et al. 2017)"))
     terms = [f"{weight:g} {term}" if set(loss.weights) != {1.0} or loss.tversky else term for weight, term in terms if weight]
-    more = [f"{loss.edges:g} focal and Dice terms of the map of lesions' borders"] * (recipe.volume.network == "mamba" and loss.edges > 0) + [
+    more = [f"{loss.edges:g} focal and Dice terms of the map of lesions' borders"] * (recipe.volume.borders and loss.edges > 0) + [
         f"{pretext.tissue:g} cross-entropy of the tissues"] * bool(pretext.tissue) + [
         f"{pretext.prompts:g} loss of the masks that boxes and points ask for"] * bool(pretext.prompts)
     return " and ".join(filter(None, [", ".join(terms[:-1]), *terms[-1:]])) + " terms" + f", with {' and '.join(more)}" * bool(more)

@@ -283,6 +283,11 @@ class Volume:
     lesion_share: float = 0.67  # of the patches, drawn around a voxel of a lesion
     overlap: float = 0.5  # of neighbouring windows, along each axis
 
+    @property
+    def borders(self) -> bool:
+        """Whether the network gives a map of lesions' borders too."""
+        return self.network == "mamba"
+
     def __post_init__(self):
         require(self.network in ("", *NETWORKS), "volume.network", self.network, f"one of {', '.join(NETWORKS)}, or '' for slices")
         require(0.3 <= self.spacing <= 5, "volume.spacing", self.spacing, "0.3 to 5 mm")

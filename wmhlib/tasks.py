@@ -15,7 +15,7 @@ from .settings import Recipe
 from .slicestore import CaseSlices, load_slices
 from .workspace import stable_seed
 
-Forward = Callable[[Tensor], tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]]  # images -> (logits, logits at the scales, perhaps logits of borders), on the device that trains
+Forward = Callable[[Tensor], tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]]  # images -> (logits, those at the scales, perhaps those of borders)
 Sums = tuple[Tensor, Tensor, Tensor]  # validation loss over the places; of each case voxels in both masks, and in one plus in the other
 
 

@@ -14,9 +14,7 @@ from .spectral import check_bases
 
 
 class TrainedNet(nn.Module):
-    """A network of a `recipe`; `base_sha256` is that of its frozen base, "" where all of it is trained. With `borders` it gives a map of borders too."""
-
-    borders = False
+    """A network of a `recipe`; `base_sha256` is that of its frozen base, "" where all of it is trained."""
 
     def live_state(self) -> dict[str, Tensor]:
         """What training changes, where it lies: the trained parameters, and the buffers of the trained modules (BatchNorm statistics; of

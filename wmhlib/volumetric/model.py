@@ -22,7 +22,6 @@ class VolumeNet(TrainedNet):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.network = build(recipe.volume, recipe.inputs.channels)
-        self.borders = self.network.edge is not None
         self.checkpoint_gradients(recipe.training.gradient_checkpointing)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]:

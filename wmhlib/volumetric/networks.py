@@ -27,7 +27,7 @@ def build(settings: Volume, channels: int) -> UNet:
     if settings.network == "mamba":
         return UNet(channels, (16, 32, 64, 128, 256), context={
             3: OverTokens(VisionMamba(128), VisionMamba(128)),
-            4: nn.Sequential(OverTokens(VisionMamba(256), VisionMamba(256)), MemoryAttention(256))}, borders=True)
+            4: nn.Sequential(OverTokens(VisionMamba(256), VisionMamba(256)), MemoryAttention(256))}, borders=settings.borders)
     raise InputError(f"volume.network = {settings.network!r} names no network of volumes")
 
 
