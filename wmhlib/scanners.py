@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .anatomy import BONE, CSF, FLUID, MARROW
+from .anatomy import AIR, BONE, CSF, FAT, FLUID, GLAND, MARROW, MUSCLE
 from .scan import Anatomy, Case, Scan, Site
 from .workspace import stable_seed
 
@@ -47,22 +47,24 @@ KINDS = {
                            grey=(1.15, 1.6), lesion=(1.6, 2.8), apart=0.4, speckle=True, bias=0.3),
     "any": Contrast(((0, 0), *[_ANY] * 9), grey=_ANY, lesion=_ANY, apart=0.25),
 }
+_ON_T1 = ((AIR, 0.0), (BONE, 0.12), (CSF, 0.3), (MUSCLE, 0.6), (GLAND, 0.9), (MARROW, 1.2), (FAT, 1.7))  # relative to white matter
 _MIXED = {"flair": 0.6, "any": 0.16, "t1": 0.12, "ct": 0.07, "ultrasound": 0.05}  # shares of "mixed"
 
 
-def make_scan(kind: str, seed: int, scale: float = 1.0) -> Case:
-    """One case of a contrast of KINDS, or "mixed", any of them; `scale` coarsens the in-plane voxels. `flair` holds the one image
-    there is, whatever its contrast; `tissue` is uint8: 0 none, 3 CSF, 4 grey, 5 white matter, 6 bone, 7 soft tissue."""
+def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Case:
+    """One case of a contrast of KINDS, or "mixed", any of them; `scale` coarsens the in-plane voxels, `head` is a T1w scan of whom the case is
+    ("": the brain is the MNI152's). `flair` holds the one image there is, whatever its contrast; `tissue` is uint8: 0 none, 3 CSF, 4 grey, 5 white
+    matter, 6 bone, 7 soft tissue."""
     rng = np.random.default_rng(stable_seed("scanner", kind, seed))
     kind = str(rng.choice(list(_MIXED), p=list(_MIXED.values()))) if kind == "mixed" else kind
-    return RandomScan(KINDS[kind], _site(rng), seed, scale, rng).acquire()
+    return RandomScan(KINDS[kind], _site(rng, bool(head)), seed, scale, rng, head).acquire()
 
 
 class RandomScan(Scan):
     """One patient in one scanner that there is once; contrast and artefacts are drawn from `rng`."""
 
-    def __init__(self, contrast: Contrast, site: Site, seed: int, scale: float, rng: np.random.Generator):
-        super().__init__(site, seed, scale)
+    def __init__(self, contrast: Contrast, site: Site, seed: int, scale: float, rng: np.random.Generator, head: str):
+        super().__init__(site, seed, scale, head)
         self.contrast, self.rng = contrast, rng
 
     def acquire(self) -> Case:
@@ -94,7 +96,20 @@ class RandomScan(Scan):
         tissue += anatomy.lesion * (level * brains - tissue)
         tissue += uniform(0.4, 1) * anatomy.extent * (bright * brains - tissue)
         fluid = values[CSF] + uniform(0, 1.3) * brain.fluid_shades() * contrast.brightest
-        return self.compose(anatomy, tissue, fluid, values).clamp_(0, contrast.window)
+        image = self.compose(anatomy, tissue, fluid, values)
+        if self.patient.t1 is not None and uniform() < 0.6:
+            self._own_head(image, anatomy, values)
+        return image.clamp_(0, contrast.window)
+
+    def _own_head(self, image: torch.Tensor, anatomy: Anatomy, values: list[float]) -> None:
+        """Around the brain the head that the person has, in `image` and labels: each T1w brightness as bright as the tissue that is so on T1w."""
+        outside = torch.ones_like(anatomy.labels, dtype=torch.bool)
+        outside[self.patient.inner.box] = ~anatomy.inside
+        outside &= self.patient.t1 >= 0
+        t1 = self.patient.t1[outside]
+        knots, levels = zip(*((at, values[tissue]) for tissue, at in _ON_T1))
+        image[outside] = torch.from_numpy(np.interp(t1.numpy(), knots, levels).astype(np.float32))
+        anatomy.labels[outside] = torch.tensor([AIR, BONE, MUSCLE], dtype=torch.uint8)[torch.bucketize(t1, torch.tensor([0.06, 0.25]))]
 
     def _brain_contrast(self) -> tuple[float, float]:
         """Brightness of grey matter and of lesions."""
@@ -153,9 +168,9 @@ class RandomScan(Scan):
         return x, y, slice(z.start // self.site.sub, z.stop // self.site.sub)
 
 
-def _site(rng: np.random.Generator) -> Site:
+def _site(rng: np.random.Generator, own: bool) -> Site:
     """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.8 to 1.3 mm, any direction of the axes. A quarter of them stand
-    for 3-D scans: thin slices, of which there is one every few millimetres."""
+    for 3-D scans: thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more."""
     step = rng.uniform(2.5, 4) if rng.random() < 0.5 else rng.uniform(4, 8.5)
     thin = rng.random() < 0.25
     thickness = rng.uniform(1, 1.5) if thin else step * rng.uniform(0.75, 1.05)
@@ -165,4 +180,4 @@ def _site(rng: np.random.Generator) -> Site:
     return Site("random", (round(rng.uniform(195, 245) / spacing[0]), round(rng.uniform(218, 255) / spacing[1]), round(extent / step)), spacing,
                 tuple(rng.choice((-1, 1), 3).tolist()), centre=_VERTEX + rng.uniform(-6, 14) - extent / 2, thickness=(thickness, thickness),
                 grey=(1, 1), fat=(1, 1), noise=(0, 0), blur=(0, 0), bias=0, defaced=0, sub=2 if thin else max(2, round(thickness / 1.6)),
-                burden=(0.3, 80), softness=(0.04, 0.25))
+                burden=(0.3, 80), softness=(0.04, 0.25), folds=rng.uniform(0.8, 2) if own else 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from .errors import RecipeError
 
@@ -257,6 +258,11 @@ class Operating:
         require(self.min_voxels >= 1 and self.batch_size >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
 
 
+def head_name(path: str) -> str:
+    """What cases with the brain of the T1w scan `path` are known by: its file's name up to the first dot."""
+    return PurePath(path).name.split(".")[0]
+
+
 @dataclass(frozen=True)
 class Cohort:
     """The synthetic cohort that `phantom`, or `vessels`, writes where no data is given."""
@@ -264,8 +270,13 @@ class Cohort:
     synthetic_cases: int = 0  # 0: real data is required
     scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images
     scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
+    heads: tuple[str, ...] = ()  # T1w scans of healthy adults, whose brains the cases have by turns with the MNI152's; each is a site
 
     def __post_init__(self):
+        require(not self.heads or self.scanners not in ("challenge", "vessels", "stroke"), "cohort.heads", self.heads,
+                "none with cohort.scanners=challenge, vessels or stroke")
+        names = {self.scanners, *map(head_name, self.heads)}
+        require(len(names) == 1 + len(self.heads), "cohort.heads", self.heads, f"files of different names, none of them {self.scanners}")
         require(self.scanners in SCANNERS, "cohort.scanners", self.scanners, f"one of {', '.join(SCANNERS)}")
         require(self.synthetic_cases >= 0, "cohort.synthetic_cases", self.synthetic_cases, "0 or more")
         require(1 <= self.scale <= 4, "cohort.scale", self.scale, "1 to 4")
