@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,9 +24,12 @@ from .trained import TrainedNet
 from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
-# The views of test-time augmentation as (quarter turns, mirrored): none, left-right, both flips, all of D4.
+# The views of test-time augmentation as (quarter turns, mirrored, degrees, zoom): none, left-right, both flips, all of D4; and upright heads, mirrored or
+# not, tilted and of other sizes.
+_POSES = ((0.0, 1.0), (-12.0, 1.0), (12.0, 1.0), (0.0, 0.9), (0.0, 1.12))
 VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) for flip in (False, True) for turns in (0, 2)),
-          8: tuple((turns, flip) for flip in (False, True) for turns in range(4))}
+          8: tuple((turns, flip) for flip in (False, True) for turns in range(4)),
+         10: tuple((0, flip, *pose) for flip in (False, True) for pose in _POSES)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class WMHInferenceEngine:
         return Prediction(case, plain, mean, case.grid.depth - len(filled))
 
     @torch.inference_mode()
-    def _views(self, batch: Tensor, views: Sequence[tuple[int, bool]]) -> Tensor:
+    def _views(self, batch: Tensor, views: Sequence[tuple]) -> Tensor:
         """B x C x S x S -> probabilities views x B x S x S, each turned back; the first is the plain view."""
         turned = torch.cat([turn(batch, *view) for view in views])
         logits = [self._logits(some) for some in turned.split(self.recipe.operating.batch_size)]
@@ -160,12 +165,22 @@ def plain_dice(row, segment: Callable[[Case], np.ndarray], inputs: Inputs) -> fl
     return 2 * int((lesion & found).sum()) / total if total else float("nan")
 
 
-def turn(x: Tensor, turns: int, flip: bool) -> Tensor:
-    """One element of D4, the symmetries of the square: mirror columns if `flip`, then `turns` quarter turns."""
-    return torch.rot90(x.flip(-1) if flip else x, turns, (-2, -1))
+def turn(x: Tensor, turns: int, flip: bool, degrees: float = 0.0, zoom: float = 1.0) -> Tensor:
+    """One element of D4, the symmetries of the square: mirror columns if `flip`, then `turns` quarter turns. Then, about the middle, by `degrees` and
+    `zoom` times larger, bilinear."""
+    return _pose(torch.rot90(x.flip(-1) if flip else x, turns, (-2, -1)), degrees, zoom)
 
 
-def unturn(x: Tensor, turns: int, flip: bool) -> Tensor:
-    """The inverse of `turn`."""
-    x = torch.rot90(x, -turns, (-2, -1))
+def unturn(x: Tensor, turns: int, flip: bool, degrees: float = 0.0, zoom: float = 1.0) -> Tensor:
+    """The inverse of `turn`, but for what has left the image and what a resize blurs."""
+    x = torch.rot90(_pose(x, -degrees, 1 / zoom), -turns, (-2, -1))
     return x.flip(-1) if flip else x
+
+
+def _pose(x: Tensor, degrees: float, zoom: float) -> Tensor:
+    if (degrees, zoom) == (0, 1):
+        return x
+    cos, sin = (f(math.radians(degrees)) / zoom for f in (math.cos, math.sin))
+    images = x.reshape(-1, 1, *x.shape[-2:])
+    grid = F.affine_grid(x.new_tensor([[cos, -sin, 0], [sin, cos, 0]]).expand(len(images), -1, -1), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False).reshape(x.shape)

@@ -22,7 +22,8 @@ _PROTOCOLS = {
     "k-fold": "in folds stratified by site and lesion volume, one of them for testing",
     "given": "as the data bring it",
 }
-_VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)"}
+_VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)",
+          10: "ten views (left-right flip, tilts by 12 degrees and zooms by 0.9 and 1.12)"}
 
 _SUBJECTS = "; all scans of a subject stayed on one side"
 _IGNORED = "; other pathology (label 2) was ignored"

@@ -240,7 +240,9 @@ class Operating:
     threshold: float = 0.60
     min_voxels: int = 3
     tta: bool = True
-    views: int = 8  # 8: flips and quarter turns (the group D4), of volumes all flips; 4: both flips; 2: the left-right flip; 1: none
+    # 8: flips and quarter turns (the group D4), of volumes all flips; 4: both flips; 2: the left-right flip; 1: none; 10: the left-right flip, each
+    # upright, tilted by 12 degrees either way, smaller and larger
+    views: int = 8
     thresholds: tuple[float, ...] = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
     sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)  # smallest component kept, voxels
     sizes_mm3: tuple[float, ...] = (3.0, 6.0, 9.0, 15.0, 25.0, 40.0, 60.0)  # the same, mm3; none for images
@@ -249,7 +251,7 @@ class Operating:
 
     def __post_init__(self):
         require(0 < self.threshold < 1, "operating.threshold", self.threshold, "between 0 and 1")
-        require(self.views in (1, 2, 4, 8), "operating.views", self.views, "1, 2, 4 or 8")
+        require(self.views in (1, 2, 4, 8, 10), "operating.views", self.views, "1, 2, 4, 8 or 10")
         require(len(self.thresholds) > 0 and all(0 < t < 1 for t in self.thresholds), "operating.thresholds",
                  self.thresholds, "values between 0 and 1")
         require(len(self.sizes) > 0 and min(self.sizes) >= 1, "operating.sizes", self.sizes, "voxel counts of 1 or more")

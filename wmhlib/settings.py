@@ -58,6 +58,7 @@ class Recipe:
                  "'vessels' for inputs.modalities of images, another for scans")
         require(self.encoder.bits == 16 or self.adapter.method in FOUR_BITS, "adapter.method", self.adapter.method,
                  f"one of {', '.join(FOUR_BITS)} with encoder.bits=4, whose dense matrices neither lie in memory nor can be trained")
+        require(not self.volume.network or self.operating.views <= 8, "operating.views", self.operating.views, "1, 2, 4 or 8 with volume.network, whose views are flips")
         ranks = self.adapter.rank_attention, self.adapter.rank_mlp
         require(self.adapter.method != "pissa" or max(ranks) <= self.encoder.dim, "adapter.rank_attention, adapter.rank_mlp", ranks,
                  f"at most encoder.dim = {self.encoder.dim} with adapter.method=pissa, which takes them from its matrices")
