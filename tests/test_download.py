@@ -275,7 +275,7 @@ def test_the_synthetic_cohort_is_made_once(monkeypatch, run):
     made = []
     monkeypatch.setattr(download.phantom, "write_cohort", lambda folder, *a, **how: made.append((folder, *a, how)))
     assert download.get_cohort(run) == download.get_cohort(run) == run.path / "data"
-    assert made == [(run.path / "data", 12, 42, 3.0, {"scanners": "challenge"})]
+    assert made == [(run.path / "data", 12, 42, 3.0, {"scanners": "challenge", "heads": ()})]
 
 
 def test_your_own_folder_is_taken_as_it_is(run, tmp_path):
