@@ -58,7 +58,7 @@ class Patient:
         size = np.clip(self.rng.normal(0.95, 0.035), 0.86, 1.04) * self.rng.normal(1, 0.02, 3)
         self.pose = rotation(pitch, roll, yaw) / size
         self.shift = np.array([self.uniform(-4, 4), self.uniform(-16, -2), centre + self.uniform(-5, 5)])
-        brain, wide, whole = template(head)
+        brain, wide, self.whole = template(head)  # whole: that person's head on T1w, None of the MNI152
         pose, shift, *axes = (torch.tensor(v, dtype=torch.float32) for v in (self.pose, self.shift, *self.axes))
         places = (pose @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)).view(3, *map(len, axes))
         places += shift[:, None, None, None]
@@ -75,7 +75,6 @@ class Patient:
         self.fine = self.field(7)
         self.inner = self.around(self.to_brain < 6)
         near = self.inner.to_brain < 6
-        self.t1 = whole(self.points)[0] if whole else None  # of that person's head, in units of white matter, below 0 where its scan ends
         self.inner.template_grey, self.inner.template_white = torch.zeros(2, *near.shape)
         self.inner.template_grey[near], self.inner.template_white[near] = brain(self.inner.points[near])
 

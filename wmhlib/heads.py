@@ -24,6 +24,7 @@ HEAD_ORIGIN, _HEAD_SHAPE = (-112, -150, -180), (226, 280, 312)  # mm
 _SIGMAS = (8.0, 4.0, 2.0)  # mm, of the blur that the registration begins and ends with
 _STEPS, _EVERY = 120, 4  # of the registration at each of them; mm between the points it looks at
 _ALIKE = 0.75  # correlation of the white matter of two heads that lie on each other
+_PURE = 0.12  # of its brightness, by which white matter differs from its mode
 _FIELD = 25.0  # mm, of the receive field
 
 
@@ -53,8 +54,8 @@ def brain_of(path: str | Path) -> Brain:
     case, mean = load_case(path, inputs=Inputs(modalities=("t1",))), mni152()
     image, affine = np.maximum(case.volume.data, 0), case.volume.affine
     level = _white_level(image[case.inner])
-    pure = _largest(ndimage.binary_opening(case.inner & (abs(image / level - 1) < 0.12)))
-    to_scan, alike = _register(pure.astype(np.float32), affine, (mean.white > 0.9).astype(np.float32), mean.origin)
+    seed = _largest(ndimage.binary_opening(case.inner & (abs(image / level - 1) < _PURE)))
+    to_scan, alike = _register(seed.astype(np.float32), affine, (mean.white > 0.9).astype(np.float32), mean.origin)
     if alike < _ALIKE:
         raise InputError(f"the white matter of {path} does not come to lie on the MNI152's (correlation {alike:.2f}): expected a T1w scan of a "
                          "healthy adult's whole head")
@@ -67,7 +68,7 @@ def brain_of(path: str | Path) -> Brain:
     head, image = resample(HEAD_ORIGIN, _HEAD_SHAPE, -1.0), resample(mean.origin, mean.grey.shape, 0.0)
 
     inner = ndimage.binary_erosion(mean.inside, iterations=4)
-    pure = (abs(image - 1) < 0.12) & (mean.white > 0.7) & inner
+    pure = (abs(image - 1) < _PURE) & (mean.white > 0.7) & inner
     blurred = [ndimage.gaussian_filter(a.astype(np.float32), _FIELD) + 1e-3 for a in (image * pure, pure)]
     image = image * blurred[1] / blurred[0]
     cortex = float(np.median(image[inner & (mean.grey > 0.8) & (image > 0.45) & (image < 0.9)]))

@@ -97,16 +97,16 @@ class RandomScan(Scan):
         tissue += uniform(0.4, 1) * anatomy.extent * (bright * brains - tissue)
         fluid = values[CSF] + uniform(0, 1.3) * brain.fluid_shades() * contrast.brightest
         image = self.compose(anatomy, tissue, fluid, values)
-        if self.patient.t1 is not None and uniform() < 0.6:
+        if self.patient.whole and uniform() < 0.6:
             self._own_head(image, anatomy, values)
         return image.clamp_(0, contrast.window)
 
     def _own_head(self, image: torch.Tensor, anatomy: Anatomy, values: list[float]) -> None:
         """Around the brain the head that the person has, in `image` and labels: each T1w brightness as bright as the tissue that is so on T1w."""
-        outside = torch.ones_like(anatomy.labels, dtype=torch.bool)
-        outside[self.patient.inner.box] = ~anatomy.inside
-        outside &= self.patient.t1 >= 0
-        t1 = self.patient.t1[outside]
+        t1, = self.patient.whole(self.patient.points)
+        outside = t1 >= 0
+        outside[self.patient.inner.box] &= ~anatomy.inside
+        t1 = t1[outside]
         knots, levels = zip(*((at, values[tissue]) for tissue, at in _ON_T1))
         image[outside] = torch.from_numpy(np.interp(t1.numpy(), knots, levels).astype(np.float32))
         anatomy.labels[outside] = torch.tensor([AIR, BONE, MUSCLE], dtype=torch.uint8)[torch.bucketize(t1, torch.tensor([0.06, 0.25]))]
