@@ -42,15 +42,15 @@ class Patient:
     `head` is of the whole grid. What concerns the brain alone is asked of `inner`, the same patient in the part of the grid
     (`box`) that holds the brain. All is drawn from `rng` and `generator`, which both share, in the order of the calls, so
     that the same calls give the same patient. `sub` sub-slices are averaged into one slice of a scan; `burden` (mL) and
-    `softness` (of the lesions' edges) are ranges; `folds` times the usual are a brain's folds moved. Along the ventricles a band is a lesion where
-    it is thicker than `lining` mm. The brain is the MNI152's, or that of the T1w scan `head`.
+    `softness` (of the lesions' edges) are ranges; `folds` times the usual are a brain's folds moved. The brain is the MNI152's, or that of
+    the T1w scan `head`.
     """
 
     def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator, generator: torch.Generator,
                  sub: int = 2, burden: tuple[float, float] = (0.5, 60), softness: tuple[float, float] = (0.04, 0.1),
-                 folds: float = 1.0, lining: float = 0.0, head: str = ""):
+                 folds: float = 1.0, head: str = ""):
         self.axes, self.rng, self.generator, self.box = axes, rng, generator, (slice(None),) * 3
-        self.sub, self.softness, self.thin = sub, softness, lining
+        self.sub, self.softness = sub, softness
         self.burden = self.log_uniform(*burden)  # mL
         self.age = self.uniform(0, 1)  # wide ventricles and wide sulci come together
 
@@ -174,7 +174,7 @@ class Patient:
         (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this patient in
         voxels of `voxel` mm3."""
         height = self.points[..., 2]
-        score = 1 - self.to_ventricles.clamp(min=self.thin) / self.uniform(3, 6)
+        score = 1 - self.to_ventricles.clamp(min=0) / self.uniform(3, 6)
         score += 0.5 * self.field(18) + 0.25 * self.field(5) + 0.1 * self.fine
         score -= self.uniform(0.3, 1.2) * (self.points[..., 0].abs() < 6)
         for centre in ((18, 36, 10), (27, -58, 16)):  # caps of the frontal and occipital horns
@@ -205,11 +205,6 @@ class Patient:
             low, high = (middle, high) if drawn > wanted else (low, middle)
         score -= high
         return fraction(score, gate), score.clamp_(0, 1)
-
-    def lining(self) -> torch.Tensor:
-        """From 0 to 1 the pencil-thin bright lining of the ventricles that is normal (grade 1 of Fazekas et al. 1987), up to `thin` mm thick."""
-        width = (self.thin * (0.6 + 0.3 * self.field(10))).clamp_(0, self.thin)
-        return torch.sigmoid((width - self.to_ventricles) / 0.3)
 
     def other_pathology(self) -> tuple[torch.Tensor, torch.Tensor]:
         """In a fifth of the cases a cortical infarct or a lacune: fluid core and whole extent, as fractions."""

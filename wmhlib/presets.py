@@ -51,9 +51,9 @@ PRESETS = {
                    split=Split(val=0.17, test=0.25), operating=Operating(views=2), cohort=Cohort(synthetic_cases=48)),
     # The adapter that comes with the suite: the base on FLAIR of many scanners, for scanners that nobody has validated on.
     "flair": Recipe(name="flair", inputs=_SMALL, encoder=_SHIPPED, adapter=Adapter(rank_attention=8, rank_mlp=4, dropout=0.0), augment=_WIDE,
-                    training=Training(epochs=6, batch_size=8, accumulation=2, lr=1e-3, lr_min=1e-5, warmup_epochs=1, restart_epochs=5,
+                    training=Training(epochs=9, batch_size=8, accumulation=2, lr=1e-3, lr_min=1e-5, warmup_epochs=1, restart_epochs=8,
                                       checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
-                    split=Split(val=0.1, test=0.1), operating=Operating(views=10, prefer="sensitive"), cohort=Cohort(synthetic_cases=400, scanners="flair")),
+                    split=Split(val=0.1, test=0.1), operating=Operating(views=10, prefer="sensitive"), cohort=Cohort(synthetic_cases=320, scanners="flair")),
     # The small base: all of it trained on heads of every contrast, with their tissues and prompts. Hours on two cores.
     "base": Recipe(name="base", inputs=_SMALL, encoder=_MINI, adapter=Adapter(method="full"),
                    pretext=Pretext(tissue=0.3, prompts=0.3),

@@ -35,7 +35,6 @@ class Site:
     burden: tuple[float, float] = (0.5, 60)  # of lesions, mL
     softness: tuple[float, float] = (0.04, 0.1)  # of their edges
     folds: float = 1.0  # how far the folds of a brain are moved, times the usual
-    lining: float = 0.0  # mm, of what is bright along the ventricles and no lesion
 
 
 SITES = {
@@ -96,8 +95,7 @@ class Scan:
         self.columns = np.flatnonzero(abs(x) <= 94)  # the others hold air only
         offsets = ((np.arange(site.sub) + 0.5) / site.sub - 0.5) * rng.uniform(*site.thickness)
         axes = (x[self.columns], y, (z[:, None] + offsets).ravel())
-        self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed), site.sub, site.burden, site.softness, site.folds,
-                               site.lining, head)
+        self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed), site.sub, site.burden, site.softness, site.folds, head)
 
     def acquire(self) -> Case:
         """The patient as the scanner sees it."""

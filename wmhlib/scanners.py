@@ -57,7 +57,7 @@ def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Case:
     matter, 6 bone, 7 soft tissue."""
     rng = np.random.default_rng(stable_seed("scanner", kind, seed))
     kind = str(rng.choice(list(_MIXED), p=list(_MIXED.values()))) if kind == "mixed" else kind
-    return RandomScan(KINDS[kind], _site(rng, bool(head), KINDS[kind].brightest), seed, scale, rng, head).acquire()
+    return RandomScan(KINDS[kind], _site(rng, bool(head)), seed, scale, rng, head).acquire()
 
 
 class RandomScan(Scan):
@@ -91,8 +91,6 @@ class RandomScan(Scan):
         cortex, bright = self._brain_contrast()
         brains, shade = anatomy.grey + anatomy.white, uniform(0, 1.5)
         tissue = anatomy.grey * cortex * (1 + shade * (brain.grey_shades() - 1)) + anatomy.white * (1 + shade * (brain.white_shades() - 1))
-        if contrast.brightest:
-            tissue += anatomy.white * (bright - 1) * uniform(0, 1.1) * brain.lining()
         own = torch.exp(uniform(0, 0.4) * brain.field(uniform(8, 25))).clamp_(0.4, 1.6)  # of each lesion, some are faint
         level = 1 + (bright - 1) * own * (1 - uniform(0, 0.3) + uniform(0, 0.4) * anatomy.inner + uniform(0, 0.2) * brain.fine)
         tissue += anatomy.lesion * (level * brains - tissue)
@@ -170,10 +168,9 @@ class RandomScan(Scan):
         return x, y, slice(z.start // self.site.sub, z.stop // self.site.sub)
 
 
-def _site(rng: np.random.Generator, own: bool, lined: bool) -> Site:
+def _site(rng: np.random.Generator, own: bool) -> Site:
     """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.8 to 1.3 mm, any direction of the axes. A quarter of them stand
-    for 3-D scans: thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more. Where
-    ventricles are `lined`, raters differ in how thick a bright lining is a lesion."""
+    for 3-D scans: thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more."""
     step = rng.uniform(2.5, 4) if rng.random() < 0.5 else rng.uniform(4, 8.5)
     thin = rng.random() < 0.25
     thickness = rng.uniform(1, 1.5) if thin else step * rng.uniform(0.75, 1.05)
@@ -183,5 +180,4 @@ def _site(rng: np.random.Generator, own: bool, lined: bool) -> Site:
     return Site("random", (round(rng.uniform(195, 245) / spacing[0]), round(rng.uniform(218, 255) / spacing[1]), round(extent / step)), spacing,
                 tuple(rng.choice((-1, 1), 3).tolist()), centre=_VERTEX + rng.uniform(-6, 14) - extent / 2, thickness=(thickness, thickness),
                 grey=(1, 1), fat=(1, 1), noise=(0, 0), blur=(0, 0), bias=0, defaced=0, sub=2 if thin else max(2, round(thickness / 1.6)),
-                burden=(0.3, 80), softness=(0.04, 0.25), folds=rng.uniform(0.8, 2) if own else 1.0,
-                lining=rng.uniform(0, 3) if lined else 0.0)
+                burden=(0.3, 80), softness=(0.04, 0.25), folds=rng.uniform(0.8, 2) if own else 1.0)
