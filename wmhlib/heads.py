@@ -54,8 +54,8 @@ def brain_of(path: str | Path) -> Brain:
     case, mean = load_case(path, inputs=Inputs(modalities=("t1",))), mni152()
     image, affine = np.maximum(case.volume.data, 0), case.volume.affine
     level = _white_level(image[case.inner])
-    seed = _largest(ndimage.binary_opening(case.inner & (abs(image / level - 1) < _PURE)))
-    to_scan, alike = _register(seed.astype(np.float32), affine, (mean.white > 0.9).astype(np.float32), mean.origin)
+    moving = _largest(ndimage.binary_opening(case.inner & (abs(image / level - 1) < _PURE)))
+    to_scan, alike = _register(moving.astype(np.float32), affine, (mean.white > 0.9).astype(np.float32), mean.origin)
     if alike < _ALIKE:
         raise InputError(f"the white matter of {path} does not come to lie on the MNI152's (correlation {alike:.2f}): expected a T1w scan of a "
                          "healthy adult's whole head")
