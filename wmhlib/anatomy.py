@@ -206,13 +206,6 @@ class Patient:
         score -= high
         return fraction(score, gate), score.clamp_(0, 1)
 
-    def lining(self, most: float) -> torch.Tensor:
-        """What makes white matter bright in a thin line along the ventricles, as a share (0 to 1) of what a lesion adds. From patient to patient it goes
-        from hardly seen to as bright, over `most` mm at most, and along the ventricles it varies; the septum between them has none."""
-        wide, glow = self.uniform(0.5, most), self.uniform(0, 1)
-        line = torch.sigmoid((wide * (0.7 + 0.3 * self.field(12)) - self.to_ventricles) / self.uniform(0.2, 0.6))
-        return (glow * (1 + 0.3 * self.field(15)) * line * torch.sigmoid(self.points[..., 0].abs() - 5)).clamp_(0, 1)
-
     def other_pathology(self) -> tuple[torch.Tensor, torch.Tensor]:
         """In a fifth of the cases a cortical infarct or a lacune: fluid core and whole extent, as fractions."""
         core, extent = torch.zeros_like(self.fine), torch.zeros_like(self.fine)

@@ -17,7 +17,6 @@ from .workspace import stable_seed
 
 CSF_LABEL, GREY_LABEL, WHITE_LABEL, BONE_LABEL, SOFT_LABEL = range(3, 8)  # of `Case.tissue`, above the mask's 0, 1, 2
 _VERTEX = 76  # mm, MNI height
-_LINING = 3.0  # mm, the widest that is normal (Fazekas et al. 1987, grade 1: caps or a pencil-thin lining)
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,16 @@ def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Case:
     ("": the brain is the MNI152's). `flair` holds the one image there is, whatever its contrast; `tissue` is uint8: 0 none, 3 CSF, 4 grey, 5 white
     matter, 6 bone, 7 soft tissue."""
     rng = np.random.default_rng(stable_seed("scanner", kind, seed))
-    lined = kind == "flair"  # the cases of "mixed" stay those that the base was trained on
     kind = str(rng.choice(list(_MIXED), p=list(_MIXED.values()))) if kind == "mixed" else kind
-    return RandomScan(KINDS[kind], _site(rng, bool(head)), seed, scale, rng, head, lined).acquire()
+    return RandomScan(KINDS[kind], _site(rng, bool(head)), seed, scale, rng, head).acquire()
 
 
 class RandomScan(Scan):
     """One patient in one scanner that there is once; contrast and artefacts are drawn from `rng`."""
 
-    def __init__(self, contrast: Contrast, site: Site, seed: int, scale: float, rng: np.random.Generator, head: str, lined: bool):
+    def __init__(self, contrast: Contrast, site: Site, seed: int, scale: float, rng: np.random.Generator, head: str):
         super().__init__(site, seed, scale, head)
-        self.contrast, self.rng, self.lined = contrast, rng, lined
-
-    def anatomy(self) -> Anatomy:
-        """Where ventricles are `lined`, their lining is a lesion as far as it is as bright: an edge of one where it is faint."""
-        anatomy = super().anatomy()
-        if self.lined:
-            lining = self.patient.inner.lining(_LINING) * anatomy.white * (1 - anatomy.extent)
-            torch.maximum(anatomy.lesion, lining, out=anatomy.lesion)
-        return anatomy
+        self.contrast, self.rng = contrast, rng
 
     def acquire(self) -> Case:
         anatomy, brain = self.anatomy(), self.patient.inner
