@@ -30,7 +30,7 @@ _IGNORED = "; other pathology (label 2) was ignored"
 _ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeCarli et al. 2005). "
 _LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
              "adalora": "AdaLoRA (Zhang et al. 2023, pruned to two thirds of its singular values by the end of training)"}
-_SENSITIVE = ", with the lowest threshold whose mean Dice was within that error"
+_SENSITIVE = ", with the lowest threshold whose mean Dice was within one standard error of the best"
 _ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
               "(zero-shot)")
 
@@ -117,7 +117,7 @@ class Story:
             f"{', ' + ', '.join(moves) if moves else ''}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
             f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept{f', averaged over the steps (decay {training.ema:g})' if training.ema else ''}, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
-            f"centre of the plateau within one standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
+            f"centre of the plateau within one paired standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
             f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
