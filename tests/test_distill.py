@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from wmhlib import distill
 from wmhlib.distill import feature_loss, mask_loss
 from wmhlib.embeddings import cached
-from wmhlib.errors import CheckpointError, InputError, RecipeError
+from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.medsam import build_encoder, read_state
-from wmhlib.promptable import load_promptable
+from wmhlib.promptable import load_promptable, three_channels
 from wmhlib.quantised import weight_bytes
 from wmhlib.slicestore import CaseSlices
-from wmhlib.teacher import PRESETS, Teacher
+from wmhlib.teacher import PRESETS, Teacher, choose
 from wmhlib.volumes import AIR
 
 SMOKE = PRESETS["smoke"]
@@ -175,6 +175,48 @@ def test_a_teacher_without_prompt_parts_teaches_features_alone(base, data, tmp_p
         Teacher(settings)
     history = distill.distill(replace(settings, alpha=1.0), *data, tmp_path / "out", progress=False)
     assert history["mask"].eq(0).all() and history.feature.gt(0).all()
+
+
+def test_a_teacher_whose_file_is_its_encoder_alone_leaves_nothing_of_it_in_the_students(base, data, tmp_path):
+    _, settings = base
+    state = {key.removeprefix("image_encoder."): value for key, value in read_state(settings.teacher.checkpoint).items() if key.startswith("image_encoder.")}
+    save_file(state, settings.teacher.checkpoint)
+    distill.distill(replace(settings, alpha=1.0, student=settings.teacher), *data, tmp_path / "out", progress=False)
+    student = read_state(tmp_path / "out" / distill.STUDENT)
+    assert set(student) == {f"image_encoder.{key}" for key in state}
+    assert not torch.equal(student["image_encoder.patch_embed.proj.weight"], state["patch_embed.proj.weight"])
+
+
+def test_a_student_sees_what_its_teacher_sees():
+    job = choose("colab", SMOKE.inputs, "sam_vit_h.pth")
+    assert job.teacher.pixels == job.student.pixels == "sam"
+    assert choose("colab", SMOKE.inputs, "medsam.pth", "vit_b").student.pixels == "medsam"
+    x = torch.rand(1, 1, 64, 64)
+    sam = Teacher(replace(SMOKE, teacher=replace(SMOKE.teacher, pixels="sam")))
+    torch.testing.assert_close(sam.three(x), three_channels(x, "sam"))
+
+
+def test_a_refused_distillation_leaves_the_others_embeddings(data, taught):
+    folder, _ = taught
+    before = (folder / "embeddings.npy").read_bytes()
+    with pytest.raises(CheckpointError, match="another settings and teacher"):
+        distill.distill(replace(SMOKE, seed=1, teacher=replace(SMOKE.teacher, dim=64)), *data, folder, progress=False)
+    assert (folder / "embeddings.npy").read_bytes() == before
+
+
+def test_other_labels_are_other_data(data, taught):
+    folder, _ = taught
+    train, val = data
+    moved = [replace(case, labels=case.labels.roll(1, 1)) for case in train]
+    with pytest.raises(CheckpointError, match="another data"):
+        distill.distill(SMOKE, moved, val, folder, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_no_student(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "feature_loss", lambda student, *_: student.mean() * float("nan"))
+    with pytest.raises(WMHError, match="the loss became nan, its gradient nan in epoch 1, step 1 of"):
+        distill.distill(SMOKE, *data, tmp_path, progress=False)
+    assert not (tmp_path / distill.STUDENT).exists() and not list(tmp_path.rglob("*.pt*"))
 
 
 def test_a_student_may_see_smaller_images(data, tmp_path):

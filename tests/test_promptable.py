@@ -148,6 +148,12 @@ def test_slices_become_three_equal_channels_from_0_to_1():
     assert (three_channels(torch.full((1, 1, 2, 2), -5.0)) == 0).all()
 
 
+def test_sam_is_fed_as_its_own_preprocessing_feeds_it():
+    x = torch.rand(2, 1, 8, 8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))  # segment_anything's defaults
+    torch.testing.assert_close(three_channels(x, "sam"), (255 * three_channels(x) - mean) / std, atol=1e-5, rtol=0)
+
+
 def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install segment-anything"):

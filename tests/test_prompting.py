@@ -96,7 +96,10 @@ def test_a_users_boxes_and_points_are_voxels_of_the_slice_as_it_lies_in_the_file
 
 @pytest.mark.parametrize("asked", [dict(number=10, boxes=[[1, 1, 2, 2]]), dict(number=0, boxes=[[1, 1, 2, 44]]), dict(number=0, points=[[[-1, 0]]]),
                                    dict(number=0), dict(number=0, boxes=[[1, 1, 2, 2]], points=[[[1, 1]]]), dict(number=0, boxes=[]),
-                                   dict(number=0, boxes=[[1, 2, 3]]), dict(number=0, points=[[1, 1]]), dict(number=0, points=[[[1, 1]]], labels=[1])])
+                                   dict(number=0, boxes=[[1, 2, 3]]), dict(number=0, points=[[1, 1]]), dict(number=0, points=[[[1, 1]]], labels=[1]),
+                                   dict(number=0, points=[[[1, 1]]], labels=[[2]]), dict(number=0, points=[[[1, 1]]], labels=[[-2]]),
+                                   dict(number=0, points=[[[1, 1]], [[1, 1], [2, 2]]]), dict(number=0, points=[[[1, float("nan")]]]),
+                                   dict(number=0.5, boxes=[[1, 1, 2, 2]])])
 def test_prompts_outside_of_the_scan_and_none_at_all_are_refused(obedient, boxy, asked):
     with pytest.raises(InputError, match="expected"):
         obedient.segment_prompted(boxy(), **asked)
@@ -136,4 +139,4 @@ def test_a_base_with_three_channels_of_its_own_is_fed_as_medsam(recipe, tmp_path
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "medsam.safetensors")
     torch.save(state, tmp_path / "medsam.pth")
     engine = prompting.PromptEngine(dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, checkpoint=str(tmp_path / "medsam.pth"))), "cpu")
-    assert engine.adapter is None and engine.zero_shot(boxy()).shape == boxy().mask.shape
+    assert engine.adapter is None and engine.zero_shot(boxy()).shape == boxy().mask.shape and engine.pixels == "medsam"

@@ -22,7 +22,7 @@ from .batches import draw_slices, few_slices, stack_slices
 from .checkpoints import Keeper
 from .embeddings import Embeddings, cached
 from .epochs import learning_rate
-from .errors import InputError
+from .errors import InputError, WMHError
 from .medsam import build_encoder
 from .network import dtype_of, native_precision
 from .pretext import draw_parts
@@ -32,7 +32,7 @@ from .teacher import Distillation, Teacher
 from .workspace import RunFolder, stable_seed, table_bytes
 
 STUDENT = "student.safetensors"
-_STATE = ("origin", "history", "student", "optimizer")
+_STATE = ("origin", "history", "student", "optimizer", "scaler")
 
 
 def feature_loss(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
@@ -59,15 +59,18 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     Writes embeddings.npy (the cache), history.csv, checkpoints and at the end student.safetensors. Returns the history, a row an
     epoch: `lr`; `loss`, `feature` and `mask`, means over training slices; the same of validation slices as val_*;
     `val_agreement`, the mean Dice of student's and teacher's masks at the same prompts; `val_dice` and `val_teacher_dice`, those
-    against the prompted objects. Raises CheckpointError where the folder belongs to another distillation, InputError without slices.
+    against the prompted objects. Raises CheckpointError where the folder belongs to another distillation, InputError without slices,
+    WMHError for a loss that is not finite.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = _Job(settings, train, val, folder, device, progress)
+    job = _Job(settings, train, val, device)
     origin = {"settings": json.dumps(dataclasses.asdict(settings)), "teacher": job.teacher.sha256, "data": job.data}
     with Keeper(RunFolder(folder)) as keeper:
         state = keeper.newest(lambda state: [name for name in origin if {key: state[key] for key in _STATE}["origin"][name] != origin[name]])
         history = job.load(state) if state else []
+        job.embed(folder / "embeddings.npy", progress)
         if progress and state:
             print(f"going on from {keeper.source.name}", flush=True)
         while len(history) < settings.training.epochs:
@@ -75,7 +78,8 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
             history.append({"epoch": epoch} | job.epoch(epoch) | job.validate())
             keeper.write(folder / "history.csv", table_bytes(pd.DataFrame(history)))
             if epoch % settings.training.checkpoint_epochs == 0 or epoch == settings.training.epochs:
-                keeper.checkpoint(epoch, {"origin": origin, "history": history, "student": job.student.state_dict(), "optimizer": job.optimizer.state_dict()})
+                keeper.checkpoint(epoch, {"origin": origin, "history": history, "student": job.student.state_dict(), "optimizer": job.optimizer.state_dict(),
+                                          "scaler": job.scaler.state_dict()})
             if progress:
                 print("  ".join([f"epoch {epoch:3d}/{settings.training.epochs}"] +
                                 [f"{name.replace('_', ' ')} {history[-1][name]:.3f}" for name in ("feature", "mask", "val_feature", "val_agreement")]), flush=True)
@@ -94,12 +98,13 @@ def student_bytes(student: nn.Module, teacher: Teacher, origin: dict[str, str]) 
 class _Job:
     """Teacher, student and data of a distillation; everything random follows from (seed, epoch, step)."""
 
-    def __init__(self, settings: Distillation, train: list[CaseSlices], val: list[CaseSlices], folder: Path, device: torch.device, progress: bool):
+    def __init__(self, settings: Distillation, train: list[CaseSlices], val: list[CaseSlices], device: torch.device):
         self.settings, self.device, self.cases = settings, device, train + val
         self.precision = native_precision(settings.training.precision, device)
         self.teacher = Teacher(settings).to(device)
         self.student = build_encoder(settings.student, stable_seed(settings.seed, "student")).to(device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), settings.training.lr, settings.training.betas, weight_decay=settings.training.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         few, negatives = settings.training.slices, settings.training.train_negatives
         drawn = few_slices(train, few, negatives, settings.seed) if few else draw_slices(train, negatives, settings.seed)
         checked = [(len(train) + i, z) for i, z in draw_slices(val, settings.training.val_negatives, settings.seed)]
@@ -109,16 +114,23 @@ class _Job:
         self.items = [(place, False) for place in drawn] + [(place, True) for place in drawn] * settings.mirror + [(place, False) for place in checked]
         self.checked = range(len(self.items) - len(checked), len(self.items))
         digest = hashlib.sha256(str((self.items, settings.inputs)).encode())
-        for i, z in dict.fromkeys(place for place, _ in self.items):
-            digest.update(self.cases[i].images[:, z].contiguous().numpy().data)
+        for place in dict.fromkeys(place for place, _ in self.items):
+            for part in stack_slices(self.cases, [place], settings.inputs.context):
+                digest.update(part.contiguous().numpy().data)
         self.data = digest.hexdigest()
-        key = {"teacher": f"{self.teacher.embeds_sha256}, {settings.teacher.bits} bits, {self.precision}", "px": settings.inputs.img_size, "data": self.data}
-        self.kept: Embeddings = cached(folder / "embeddings.npy", key, len(self.items), self._embed, settings.training.batch_size, progress)
-        self.mean, self.std = self.kept.mean.to(device), self.kept.std.to(device)
+
+    def embed(self, path: Path, progress: bool) -> None:
+        """The teacher's embeddings, from the file or into it."""
+        settings = self.settings
+        key = {"teacher": f"{self.teacher.embeds_sha256}, {settings.teacher.bits} bits, {self.precision}, pixels as {settings.teacher.pixels}",
+               "px": settings.inputs.img_size, "data": self.data}
+        self.kept: Embeddings = cached(path, key, len(self.items), self._embed, settings.training.batch_size, progress)
+        self.mean, self.std = self.kept.mean.to(self.device), self.kept.std.to(self.device)
 
     def load(self, state: dict) -> list[dict]:
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         return state["history"]
 
     def epoch(self, epoch: int) -> dict[str, float]:
@@ -134,9 +146,14 @@ class _Job:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             losses, _ = self._losses(some.tolist(), generator)
-            losses[0].backward()
-            nn.utils.clip_grad_norm_(self.student.parameters(), training.clip_norm)
-            self.optimizer.step()
+            self.scaler.scale(losses[0]).backward()
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.student.parameters(), training.clip_norm)
+            if not torch.isfinite(losses[0]) or not (self.scaler.is_enabled() or torch.isfinite(norm)):  # fp16's scaler skips the step
+                raise WMHError(f"the loss became {float(losses[0].detach()):g}, its gradient {float(norm):g} in epoch {epoch}, step {step + 1} of {len(steps)}: "
+                               f"lower the learning rate ({training.lr:g})")
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
             sums += len(some) * torch.stack(losses).detach().double().cpu()
         return dict(lr=lr) | dict(zip(("loss", "feature", "mask"), (sums / self.count).tolist()))

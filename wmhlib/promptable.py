@@ -22,6 +22,7 @@ from .medsam import CHANNELS, PATCH, check_state, read_state
 from .volumes import AIR
 
 BACKGROUND, FOREGROUND, PADDING, CORNERS = 0, 1, -1, (2, 3)  # labels of points, as SAM codes them
+_SAM_MEAN, _SAM_STD = (0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)  # 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375 of 255
 _PARTS = ("prompt_encoder.", "mask_decoder.")
 _MASKS = "mask_decoder.mask_tokens.weight"
 _WIDTH = "mask_decoder.transformer.layers.0.mlp.lin1.weight"
@@ -135,12 +136,14 @@ class Promptable(nn.Module):
         return places * (prompts.labels != PADDING)[..., None] + kinds[prompts.labels + 1]
 
 
-def three_channels(x: Tensor) -> Tensor:
+def three_channels(x: Tensor, pixels: str = "medsam") -> Tensor:
     """B x C x S x S normalised slices (see `volumes`) -> B x 3 x S x S in 0..1, as MedSAM was trained: the first channel, without
-    the brightest values, between its own extremes, three times. For bases without a channel adapter."""
+    the brightest values, between its own extremes, three times; with `pixels` "sam" each of the three by the mean and standard deviation that
+    SAM was trained with (Kirillov et al. 2023). For bases without a channel adapter."""
     x = x[:, :1].clamp(max=-AIR)
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return ((x - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
+    x = ((x - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
+    return x if pixels == "medsam" else (x - x.new_tensor(_SAM_MEAN).view(3, 1, 1)) / x.new_tensor(_SAM_STD).view(3, 1, 1)
 
 
 def draw_prompts(masks: Tensor, image: Tensor, generator: torch.Generator, boxes: float = 0.5, jitter: float = 0.1, most: int = 3,

@@ -47,6 +47,7 @@ class PromptEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for part in filter(None, (self.promptable, self.adapter, self.encoder)):
             part.to(self.device).eval().requires_grad_(False)
+        self.pixels = recipe.encoder.pixels
         self.size, self.precision = PATCH * recipe.encoder.grid, native_precision(recipe.training.precision, self.device)
 
     def zero_shot(self, case: Case) -> np.ndarray:
@@ -75,22 +76,27 @@ class PromptEngine:
         (all inside unless given). Returns bool N x A x B, on the slice as it lies in the file, and float32 N. Raises InputError for a
         slice or a place that the scan does not have, and unless either boxes or points are given.
         """
-        given = np.asarray(points if boxes is None else boxes, float)
+        try:
+            given, kinds = np.asarray(points if boxes is None else boxes, float), np.asarray(1 if labels is None else labels)
+        except (TypeError, ValueError):
+            given, kinds = np.zeros(0), np.ones(1)
         fits = given.shape[1:] == (4,) if points is None else given.ndim == 3 and given.shape[2] == 2
-        if (boxes is None) == (points is None) or not given.size or not fits or labels is not None and np.shape(labels) != given.shape[:2]:
+        if (boxes is None) == (points is None) or not given.size or not fits or labels is not None and kinds.shape != given.shape[:2]:
             raise InputError("expected either boxes (N x 4) or points (N x P x 2), these with labels (N x P) if any")
+        if not np.isin(kinds, (-1, 0, 1)).all():
+            raise InputError(f"labels of points are {', '.join(map(str, np.unique(kinds)))}: expected 1 (inside), 0 (outside) or -1 (none)")
         given = given.reshape(len(given), -1, 2)
         axis, turn = _axial(case.grid), ornt_transform(case.grid.orientation, LPS).astype(int)
         shape = np.delete(case.grid.shape, axis)
-        if not 0 <= number < case.grid.depth or (given < 0).any() or (given >= shape).any():
+        if number not in range(case.grid.depth) or not ((given >= 0) & (given < shape)).all():
             raise InputError(f"a prompt lies outside of the scan: expected a slice from 0 to {case.grid.depth - 1} and voxels "
                              f"of 0 to {' and '.join(str(n - 1) for n in shape)}")
         mirrored = turn[axis, 1] < 0
-        place = torch.tensor([case.grid.depth - 1 - number if mirrored else number])
+        place = torch.tensor([case.grid.depth - 1 - int(number) if mirrored else int(number)])
         voxels = _to_lps(given, np.delete(turn, axis, 0), shape)
         image = torch.zeros(len(given), dtype=torch.long)
         if boxes is None:
-            kinds = torch.ones(given.shape[:2]) if labels is None else torch.as_tensor(np.asarray(labels))
+            kinds = torch.from_numpy(np.broadcast_to(kinds, given.shape[:2]).astype(int))
             prompts = Prompts.of_points(image, _pixels(voxels, case.grid, self.size), kinds)
         else:
             ends = np.concatenate([voxels.min(1), voxels.max(1)], 1)
@@ -107,7 +113,7 @@ class PromptEngine:
         """The base's map of the slices `places`."""
         x = case_canvas(replace(case, images=case.images[:1]), self.size, places).transpose(0, 1).to(self.device)
         with self._autocast():
-            return self.encoder(self.adapter(x) if self.adapter else three_channels(x))
+            return self.encoder(self.adapter(x) if self.adapter else three_channels(x, self.pixels))
 
     @torch.inference_mode()
     def _ask(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:

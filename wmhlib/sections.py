@@ -73,6 +73,7 @@ class Encoder:
     checkpoint: str = ""
     bits: int = 16  # 4: frozen matrices in NF4 with double quantisation
     random: bool = False  # train on random weights where no checkpoint is named
+    pixels: str = "medsam"  # what a checkpoint without a channel adapter was trained on: "medsam" 0 to 1, "sam" those standardised
 
     def __post_init__(self):
         require(self.heads > 0, "encoder.heads", self.heads, "at least 1")
@@ -82,6 +83,7 @@ class Encoder:
                  f"block numbers below {self.depth}")
         require(0 < self.window <= 256, "encoder.window", self.window, "1 to 256 tokens")
         require(self.bits in (4, 16), "encoder.bits", self.bits, "4 or 16")
+        require(self.pixels in ("medsam", "sam"), "encoder.pixels", self.pixels, "'medsam' or 'sam'")
         require(0 < self.grid <= 256, "encoder.grid", self.grid, "1 to 256 tokens")
         require(self.dim <= 4096 and self.dim**2 * self.depth <= 1 << 26, "encoder.dim, encoder.depth", (self.dim, self.depth),
                  "an encoder no larger than SAM's ViT-H (1280 x 32)")

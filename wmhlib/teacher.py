@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, RecipeError
-from .medsam import build_encoder, read_state, weights_sha256
+from .medsam import build_encoder, load_checkpoint, weights_sha256
 from .network import base_channel_adapter
-from .promptable import Promptable, load_promptable, three_channels
+from .promptable import Promptable, promptable_of, three_channels
 from .sections import SHIPPED, Encoder, Inputs, Training
 
-ENCODERS = {  # by name: SAM's three, and smaller ones
-    "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True),
-    "vit_l": Encoder(1024, 24, 16, (5, 11, 17, 23), random=True),
-    "vit_b": Encoder(random=True),
+ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
+    "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True, pixels="sam"),
+    "vit_l": Encoder(1024, 24, 16, (5, 11, 17, 23), random=True, pixels="sam"),
+    "vit_b": Encoder(random=True),  # MedSAM's
+    "sam_vit_b": Encoder(random=True, pixels="sam"),
     "vit_t": Encoder(192, 12, 3, (2, 5, 8, 11), random=True),
     "small": Encoder(160, 6, 5, (2, 5), 7, 13, random=True),
     "tiny": Encoder(96, 3, 3, (2,), 7, 13, random=True),
@@ -68,7 +69,7 @@ PRESETS = {
 
 def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42) -> Distillation:
     """The distillation called `preset` on slices as `inputs` has them; where given, with the file `teacher` as teacher, whose encoder is
-    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS). Raises RecipeError for a name that is not known."""
+    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), which sees what its teacher sees. Raises RecipeError for a name that is not known."""
     for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
@@ -76,23 +77,22 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
     encoder, student = (replace(ENCODERS[kind], bits=old.bits) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
     if teacher:
         encoder = replace(encoder, checkpoint=teacher, random=False)
-    return replace(settings, teacher=encoder, student=student, inputs=inputs, seed=seed)
+    return replace(settings, teacher=encoder, student=replace(student, pixels=encoder.pixels), inputs=inputs, seed=seed)
 
 
 class Teacher(nn.Module):
-    """A frozen base: `encoder`, `promptable` (None where its file has no prompt parts), `channel_adapter` (None: MedSAM's way to
-    three channels), and `others`, all tensors of its file beside the encoder's. A teacher without a file is random. `sha256` tells it
+    """A frozen base: `encoder`, `promptable` (None where its file has no prompt parts), `channel_adapter` (None: `three_channels`), and `others`, all tensors of its file beside the encoder's. A teacher without a file is random. `sha256` tells it
     from any other, `embeds_sha256` what embeddings depend on."""
 
     def __init__(self, settings: Distillation):
         super().__init__()
         if not (settings.teacher.checkpoint or settings.teacher.random):
             raise RecipeError("the distillation names no teacher: give a checkpoint of SAM's format (SAM, MedSAM, a base)")
-        encoder, path = build_encoder(replace(settings.teacher, bits=16), settings.seed), settings.teacher.checkpoint
+        encoder, path = build_encoder(replace(settings.teacher, bits=16, checkpoint=""), settings.seed), settings.teacher.checkpoint
         if path:
-            self.others = {key: value for key, value in read_state(path).items() if not key.startswith("image_encoder.")}
+            self.others = load_checkpoint(encoder, path)
             prompted = any(key.startswith("mask_decoder.") for key in self.others)
-            self.promptable = load_promptable(path) if prompted else None
+            self.promptable = promptable_of(self.others, path) if prompted else None
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
@@ -107,12 +107,12 @@ class Teacher(nn.Module):
         if settings.teacher.bits == 4:
             from .quantised import quantise  # needs bitsandbytes, which others do without
             quantise(encoder)
-        self.encoder = encoder
+        self.encoder, self.pixels = encoder, settings.teacher.pixels
         self.eval().requires_grad_(False)
 
     def three(self, x: Tensor) -> Tensor:
         """B x C x S x S slices -> the B x 3 x S x S image that teacher and student see."""
-        return self.channel_adapter(x) if self.channel_adapter else three_channels(x)
+        return self.channel_adapter(x) if self.channel_adapter else three_channels(x, self.pixels)
 
 
 def _digest(start: str, state: Mapping[str, Tensor]) -> str:
