@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import subprocess
 import sys
 import types
@@ -41,6 +42,7 @@ def colab(monkeypatch, tmp_path):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
     monkeypatch.setattr(workspace, "_DRIVE", tmp_path / "drive")
     return did
 
@@ -75,6 +77,17 @@ def test_a_second_call_mounts_and_installs_nothing(colab):
     workspace.bootstrap()
     workspace.bootstrap()
     assert len(colab.mounts) == 1 and not colab.runs
+
+
+def test_processes_that_the_library_starts_in_colab_find_it_where_it_is_not_installed(colab, tmp_path):
+    bare = [sys.executable, "-S", "-c", "import importlib.util; print(importlib.util.find_spec('wmhlib').origin)"]  # -S: what is installed is not seen
+    with subprocess.Popen(bare, cwd=tmp_path, stderr=subprocess.PIPE) as before:
+        assert b"NoneType" in before.communicate()[1]
+    workspace.bootstrap()
+    workspace.bootstrap()
+    with subprocess.Popen(bare, cwd=tmp_path, stdout=subprocess.PIPE) as after:
+        assert Path(after.communicate()[0].decode().strip()) == Path(workspace.__file__).with_name("__init__.py")
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(workspace.REPOSITORY), "elsewhere"]
 
 
 def test_a_refused_drive_is_said_and_the_session_goes_on(colab, capsys):

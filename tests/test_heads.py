@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from wmhlib import atlas, heads, phantom
+from wmhlib import atlas, heads, phantom, scanners
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.presets import preset
 
@@ -54,6 +54,13 @@ def test_a_registration_finds_the_turn_and_shift_it_was_given():
     assert np.abs(nib.affines.apply_affine(matrix, places) - places).max() < 1.5  # mm: it lies where it lay
 
 
+def test_a_brain_does_not_depend_on_the_number_of_threads(scan, brain):
+    torch.set_num_threads(2)
+    again = heads.brain_of(scan)
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(again.white, brain.white)
+
+
 def test_cases_have_the_brains_of_the_heads_by_turns_and_those_of_the_mean_stay(scan, tmp_path):
     cases = phantom.write_cohort(tmp_path / "with", 4, seed=1, scale=COARSE, progress=False, scanners="flair", heads=[scan])
     assert sorted(cases.site) == ["flair", "flair", "someone", "someone"]
@@ -65,9 +72,16 @@ def test_cases_have_the_brains_of_the_heads_by_turns_and_those_of_the_mean_stay(
     assert kept.shape == again.flair.shape and np.abs(kept.get_fdata() - again.flair).max() <= again.flair.max() / 1000
 
 
-def test_around_its_brain_a_case_shows_the_persons_own_head_and_labels_it(scan):
+def test_around_its_brain_a_case_shows_the_persons_own_head_and_labels_it(scan, monkeypatch):
     made = [phantom.make_case("flair", seed, COARSE, scan) for seed in range(6)]
-    for case in made:
+    monkeypatch.setattr(scanners.RandomScan, "_own_head", lambda *_: None)
+    drawn = [phantom.make_case("flair", seed, COARSE, scan) for seed in range(6)]
+    own = [not np.array_equal(case.flair, other.flair) for case, other in zip(made, drawn)]
+    assert 0 < sum(own) < 6  # more often than not
+    for case, other, shown in zip(made, drawn, own):
+        outside = ~np.isin(case.tissue, (3, 4, 5)) & ~np.isin(other.tissue, (3, 4, 5))
+        assert shown == (case.tissue != other.tissue)[outside].any()
+        np.testing.assert_array_equal(case.mask, other.mask)
         assert np.isfinite(case.flair).all() and {3, 4, 5} <= set(np.unique(case.tissue)) <= {0, 3, 4, 5, 6, 7}
         bright = case.flair > np.percentile(case.flair, 80)
         assert (case.tissue[bright] > 0).mean() > 0.8  # labels lie where the image shows something
@@ -79,6 +93,10 @@ def test_what_is_no_head_is_refused_by_name(tmp_path, monkeypatch):
     nib.save(nib.Nifti1Image(ball, np.diag([4, 4, 4, 1])), tmp_path / "ball.nii.gz")
     with pytest.raises(InputError, match="ball.nii.gz does not come to lie"):
         heads.brain_of(tmp_path / "ball.nii.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(heads.ndimage, "binary_opening", np.zeros_like)  # no white matter at all
+        with pytest.raises(InputError, match="ball.nii.gz does not come to lie"):
+            heads.brain_of(tmp_path / "ball.nii.gz")
     solid = heads.mni152()
     monkeypatch.setattr(atlas, "brain_of", lambda path: heads.Brain(solid.grey * 0, solid.white * 0 + 1, solid.inside, solid.origin, solid.grey))
     with pytest.raises(InputError, match="solid.nii.gz shows 0 mL of lateral ventricles"):

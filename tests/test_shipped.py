@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wmhlib import medsam, shipped
-from wmhlib.errors import CheckpointError, InputError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError
 from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
 from wmhlib.promptable import load_promptable
@@ -77,6 +77,11 @@ def test_an_adapter_is_shipped_with_its_recipe_and_operating_point(base, tmp_pat
     write_table(cases[["case"]], run.history_csv)
     for name in ("training_curves", "search_heatmap"):
         write_atomic(run.figures / f"{name}.png", b"a figure")
+    (run.figures / "search_heatmap.png").rename(tmp_path / "later.png")
+    with pytest.raises(MissingStepError, match="search_heatmap"):
+        shipped.export_adapter(run, tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()  # nothing half-written
+    (tmp_path / "later.png").rename(run.figures / "search_heatmap.png")
     there = RunFolder(shipped.export_adapter(run, tmp_path / "shipped"))
     again, split = load_network(there.best)
     assert there.recipe() == recipe and there.point() == run.point() and split == "x"

@@ -57,8 +57,11 @@ class Modalities:
     def use(self, name: str) -> WMHNet:
         """The network (B x C x S x S slices -> B x 1 x S x S logits, and those of its scales) as it is for modality `name`, until
         another is used. Raises InputError for a name that was not added."""
-        if name not in self._parts:
+        if name not in self._recipes:
             raise InputError(f"there is no modality {name!r}: known are {', '.join(self.names) or 'none'}")
+        return self._use(name)
+
+    def _use(self, name: str) -> WMHNet:
         self.network.encoder.set_adapter(name)
         for part, module in self._parts[name].items():
             setattr(self.network, part, module)
@@ -70,7 +73,7 @@ class Modalities:
         not fit."""
         if not re.fullmatch(r"[a-z][a-z0-9_]+", name) or name == _NEW:
             raise InputError(f"modality {name!r}: expected a name of small letters, digits and underscores")
-        encoder = self.use(_NEW).encoder
+        encoder = self._use(_NEW).encoder
         self.network.load_trained_state(state, source)
         if name not in encoder.peft_config:
             with torch.random.fork_rng(devices=[]):
@@ -151,7 +154,7 @@ def train(folder: str | Path, base: Recipe, names: tuple[str, ...] = NAMES, over
     """
     runs = {name: RunFolder(Path(folder, "runs", name)) for name in names}
     for name, run in runs.items():
-        recipe = base.with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
+        recipe = replace(base, split=replace(base.split, protocol="stratified", held_out="", fold=0)).with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
         prepare(run.open(recipe), recipe)
         if progress:
             print(f"modality {name}, {recipe.cohort.synthetic_cases} synthetic cases", flush=True)

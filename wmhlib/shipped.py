@@ -48,14 +48,16 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     there = RunFolder(folder)
     origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
     state = {key: _half(value) for key, value in network.trained_state().items()}
-    write_atomic(there.best, save(state, {"wmhlib": json.dumps(origin)}))
     figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
-    for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures):
-        write_atomic(folder / path.relative_to(run.path), run.need(path, "04_search").read_bytes())
+    copies = {folder / path.relative_to(run.path): run.need(path, "04_search").read_bytes()
+              for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures)}
     files = ["flair", "t1", "mask", "ventricles"]
     cohort = read_table(run.cohort_csv)
     cohort[files] = cohort[files].map(lambda path: os.path.relpath(path, run.path.absolute()) if path else "")
+    for path, data in copies.items():
+        write_atomic(path, data)
     write_table(cohort, there.cohort_csv)
+    write_atomic(there.best, save(state, {"wmhlib": json.dumps(origin)}))
     return folder
 
 
