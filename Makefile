@@ -96,7 +96,7 @@ assets:  ## the README's figures, from the demo's and the benchmark's
 	cp runs/stroke-demo_networks/tokens.png assets/
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
-	@echo "installing into .venv (once; about a gigabyte of packages)"
+	@echo "installing into .venv (once; 2 to 3 GB of packages, more where torch comes with CUDA)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --editable .

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from wmhlib import agreement, compare, metrics, report
+from wmhlib import agreement, compare, metrics, report, suite
 from wmhlib.bench import compared
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.presets import preset
@@ -69,6 +69,9 @@ def test_the_recipe_is_scored_with_every_view_too(new_run, tmp_path):
 def test_an_impossible_share_is_an_error(share, tmp_path):
     with pytest.raises(InputError, match="expected i/n"):
         compare.train(RunFolder(tmp_path), NAMED, (0,), tmp_path, share=share)
+    with pytest.raises(InputError, match="expected i/n"):  # before any case is made
+        suite.compare("smoke", out=str(tmp_path / "out"), share=share)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="at most 2 jobs"):
         compare.train(RunFolder(tmp_path), NAMED, (0,), tmp_path, share="3/3")
 

@@ -42,6 +42,8 @@ def test_the_paragraph_follows_the_recipe(run):
     for fact in ("FLAIR and T1 in axial slices with 2 neighbouring slices on each side", "weights medsam.pth", "at least 3 voxels, one view",
                  "No scan of the evaluated data was used for training"):
         assert fact in other, fact
+    shipped = dataclasses.replace(story, recipe=preset("demo")).paragraph()
+    assert "weights of the suite's small base" in shipped and "MedSAM" not in shipped
     assert "fed by a convolutional branch" not in other and "fed by a convolutional branch" in story.paragraph()
     assert "/secret" not in other
 

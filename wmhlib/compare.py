@@ -112,7 +112,7 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
     Raises InputError where there are fewer cells than jobs, or `folder` holds cells of other cases; RecipeError where it holds those of
     another recipe.
     """
-    mine, jobs = _share(share)
+    mine, jobs = job_of(share)
     grid = [(name, seed) for name in named for seed in seeds]
     if jobs > len(grid):
         raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
@@ -160,7 +160,8 @@ def reference(scores: pd.DataFrame) -> str:
     return next((name for name in reversed(names) if name == BASELINE or name.startswith("lora ")), names[0] if names else "")
 
 
-def _share(text: str) -> tuple[int, int]:
+def job_of(text: str) -> tuple[int, int]:
+    """The number of a job and how many there are, of "i/n"; InputError unless i is from 1 to n."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     mine, jobs = map(int, found.groups()) if found else (0, 0)
     if not 1 <= mine <= jobs:

@@ -242,7 +242,7 @@ def _fullest(mask: np.ndarray) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 4 or not all(sys.argv):
         sys.exit("usage: python -m wmhlib.evaluation FLAIR REFERENCE RESULT")
     try:
         print("  ".join(f"{name} {value:.3f}" for name, value in score_files(*sys.argv[1:]).items()))

@@ -150,7 +150,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = BASE if str(path) == SHIPPED else Path(path)
     try:
         if not path.is_file():
-            raise CheckpointError(f"checkpoint {path} does not exist: set encoder.checkpoint in the run's recipe.json to where it lies now")
+            raise CheckpointError(f"checkpoint {path} does not exist: correct the path, which a run that has begun keeps as encoder.checkpoint in its recipe.json")
         if path.suffix == ".safetensors":
             return load_file(path)
         _refuse_bomb(path)

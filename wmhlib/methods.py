@@ -10,6 +10,7 @@ import pandas as pd
 from .agreement import RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
+from .sections import SHIPPED
 from .settings import Recipe
 from .volumetric import story as volumes
 from .wording import words
@@ -215,6 +216,8 @@ def _protocol(recipe: Recipe) -> str:
 
 
 def _base(recipe: Recipe) -> str:
+    if recipe.encoder.checkpoint == SHIPPED:
+        return "weights of the suite's small base, trained on synthetic heads"
     return f"weights {Path(recipe.encoder.checkpoint).name}, for MedSAM's see Ma et al. 2024" if recipe.encoder.checkpoint else f"random weights of seed {recipe.seed}"
 
 

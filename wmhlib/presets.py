@@ -75,7 +75,7 @@ PRESETS = {
                                         precision="bf16", ema=0.98),
                       split=Split(protocol="given"), operating=Operating(views=4, sizes=(1, 5, 10, 20, 40, 80), sizes_mm3=()),
                       cohort=Cohort(synthetic_cases=50, scanners="vessels")),
-    # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 85/15 by subject: a network of whole volumes, on a GPU.
+    # Stroke lesions on T1w volumes of 1 mm (ATLAS v2.0), 75/10/15 by subject: a network of whole volumes, on a GPU.
     "stroke": _STROKE,
     # The same on synthetic heads of 3 mm, two patches of which hold most of a head: ten to twenty minutes a network on one core. Flips are all that changes them:
     # whatever resamples such voxels blurs them, and so small a budget does not make up for it.

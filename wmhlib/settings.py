@@ -75,7 +75,7 @@ class Recipe:
             name, equals, text = word.partition("=")
             section, dot, key = name.rpartition(".")
             if not equals or not key:
-                raise RecipeError(f"override {word!r} is not of the form section.setting=value")
+                raise RecipeError(f"override {word!r} is not of the form section.setting=value, without spaces in the value")
             try:
                 value = json.loads(text.replace("'", '"'))
             except (ValueError, RecursionError):

@@ -107,6 +107,8 @@ def distill(preset: str, run: str = "", teacher: str = "", out: str = "", overri
 def compare(preset: str, run: str = "", out: str = "", overrides: str = "", share: str = "1/1") -> Path:
     """Notebook 07: adapters and parts of the recipe on equal terms, on the cases of the folder `run` ("": synthetic ones for the presets
     demo, vessels and smoke). The grid, of which this is the `share` "i/n", in `out` ("": runs/compare_<preset>). Returns its HTML page."""
+    from .compare import job_of
+    job_of(share)  # before cases are made
     folder = Path(out or f"runs/compare_{preset}").expanduser()
     name = "07_compare" + ("" if share == "1/1" else f"_{share.replace('/', '_of_')}")
     return _page("07_compare", folder / f"{name}.ipynb", {"preset": preset, "run_dir": run, "out_dir": str(folder), "overrides": overrides, "share": share})
