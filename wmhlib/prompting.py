@@ -76,13 +76,14 @@ class PromptEngine:
         (all inside unless given). Returns bool N x A x B, on the slice as it lies in the file, and float32 N. Raises InputError for a
         slice or a place that the scan does not have, and unless either boxes or points are given.
         """
+        expected = "expected either boxes (N x 4) or points (N x P x 2), these with labels (N x P) if any"
         try:
             given, kinds = np.asarray(points if boxes is None else boxes, float), np.asarray(1 if labels is None else labels)
-        except (TypeError, ValueError):
-            given, kinds = np.zeros(0), np.ones(1)
+        except (TypeError, ValueError):  # ragged, or no numbers
+            raise InputError(expected) from None
         fits = given.shape[1:] == (4,) if points is None else given.ndim == 3 and given.shape[2] == 2
         if (boxes is None) == (points is None) or not given.size or not fits or labels is not None and kinds.shape != given.shape[:2]:
-            raise InputError("expected either boxes (N x 4) or points (N x P x 2), these with labels (N x P) if any")
+            raise InputError(expected)
         if not np.isin(kinds, (-1, 0, 1)).all():
             raise InputError(f"labels of points are {', '.join(map(str, np.unique(kinds)))}: expected 1 (inside), 0 (outside) or -1 (none)")
         given = given.reshape(len(given), -1, 2)

@@ -69,7 +69,8 @@ PRESETS = {
 
 def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42) -> Distillation:
     """The distillation called `preset` on slices as `inputs` has them; where given, with the file `teacher` as teacher, whose encoder is
-    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), which sees what its teacher sees. Raises RecipeError for a name that is not known."""
+    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), which sees what its teacher sees.
+    Raises RecipeError for a name that is not known."""
     for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
@@ -81,8 +82,9 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
 
 
 class Teacher(nn.Module):
-    """A frozen base: `encoder`, `promptable` (None where its file has no prompt parts), `channel_adapter` (None: `three_channels`), and `others`, all tensors of its file beside the encoder's. A teacher without a file is random. `sha256` tells it
-    from any other, `embeds_sha256` what embeddings depend on."""
+    """A frozen base: `encoder`, `promptable` (None where its file has no prompt parts), `channel_adapter` (None: `three_channels`),
+    and `others`, all tensors of its file beside the encoder's. A teacher without a file is random. `sha256` tells it from any other,
+    `embeds_sha256` what embeddings depend on."""
 
     def __init__(self, settings: Distillation):
         super().__init__()

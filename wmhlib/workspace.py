@@ -230,8 +230,9 @@ def sha256(path: str | Path) -> str:
 
 
 def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
-    """The default folder for runs. In Colab it also mounts Drive, says if there is no GPU, lets other processes import the library, and installs the distributions of
-    `requirements` that are missing or too old; all others stay as they are, since a session that loses its own breaks."""
+    """The default folder for runs. In Colab it also mounts Drive, says if there is no GPU, lets other processes import the library, and
+    installs the distributions of `requirements` that are missing or too old; all others stay as they are, since a session that loses its
+    own breaks."""
     if not _in_colab():
         return "runs"
     paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
