@@ -35,7 +35,7 @@ if "google.colab" in sys.modules and not find_spec("wmhlib"):
                        check=True)
     sys.path.insert(0, "/content/wmh-lora")
 
-from wmhlib.workspace import bootstrap
+from wmhlib.colab import bootstrap
 
 root = bootstrap()
 

@@ -1,4 +1,4 @@
-"""What Colab needs, held without Colab: `tests/test_bootstrap.py` stands in for its modules."""
+"""What Colab needs, held without Colab: a fixture stands in for its modules."""
 
 import ast
 import importlib.metadata
@@ -8,14 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jupytext
 import pytest
 from packaging.requirements import Requirement
-from test_bootstrap import colab, without  # noqa: F401
+from packaging.utils import canonicalize_name
 
-from wmhlib import workspace
+import wmhlib
+from wmhlib.colab import bootstrap, secret
 from wmhlib.errors import WMHError
 
 TESTS = Path(__file__).resolve().parent
@@ -24,16 +26,63 @@ FREEZES = {"3.13": TESTS / "colab_constraints.txt", "3.12": TESTS / "colab_const
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 REQUIREMENTS = (ROOT / "requirements.txt").read_text()
 each_freeze = pytest.mark.parametrize("python", FREEZES)
+each_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """Stands in for Colab: google.colab with Drive and secrets, pip and git that only write down how they are called."""
+    did = types.SimpleNamespace(mounts=[], runs=[], constraints=[], secrets={}, refuse=False)
+
+    def mount(place):
+        did.mounts.append(place)
+        if did.refuse:
+            raise ValueError("mount failed")
+        (Path(place) / "MyDrive").mkdir(parents=True)
+
+    def get(name):
+        if name not in did.secrets:
+            raise LookupError(f"Secret {name} does not exist.")
+        return did.secrets[name]
+
+    def run(command, **_):
+        did.runs.append(command)
+        if "-c" in command:
+            did.constraints += Path(command[command.index("-c") + 1]).read_text().split()
+        return types.SimpleNamespace(stdout="", returncode=0)
+
+    modules = {"google": types.ModuleType("google"), "google.colab": types.ModuleType("google.colab")}
+    modules["google"].colab = modules["google.colab"]
+    modules["google.colab"].drive = types.SimpleNamespace(mount=mount)
+    modules["google.colab"].userdata = types.SimpleNamespace(get=get)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr("wmhlib.colab._DRIVE", tmp_path / "drive")
+    return did
+
+
+def without(monkeypatch, *absent):
+    """As if these distributions were not installed."""
+    real = importlib.metadata.version
+
+    def version(name):
+        if name in absent:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
 
 
 def freeze(python) -> dict[str, str]:
     lines = [line.split("#")[0].strip().split("==") for line in FREEZES[python].read_text().splitlines()]
-    return {workspace.canonicalize_name(line[0]): line[1] for line in lines if len(line) == 2}
+    return {canonicalize_name(line[0]): line[1] for line in lines if len(line) == 2}
 
 
 def required() -> dict[str, Requirement]:
     found = [Requirement(line) for line in REQUIREMENTS.splitlines() if line.split("#")[0].strip()]
-    return {workspace.canonicalize_name(requirement.name): requirement for requirement in found}
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
 
 
 def test_requirements_are_lower_bounds_alone():
@@ -64,36 +113,106 @@ def test_the_requirements_resolve_beside_colabs_packages_and_change_none(python,
     if any(word in done.stderr for word in ("error sending request", "dns error", "Failed to fetch", "Network", "timed out")):
         pytest.skip("the package index cannot be reached")
     assert done.returncode == 0, done.stderr
-    chosen = {workspace.canonicalize_name(name): version for name, version in (line.split("==") for line in done.stdout.split() if "==" in line)}
+    chosen = {canonicalize_name(name): version for name, version in (line.split("==") for line in done.stdout.split() if "==" in line)}
     assert set(required()) <= set(chosen)
     assert {name: chosen[name] for name in kept if name in chosen} == {name: kept[name] for name in kept if name in chosen}
     assert (chosen["torch"], chosen["numpy"]) == (there["torch"], there["numpy"])
 
 
-def test_pip_is_told_to_leave_every_installed_package_as_it_is(colab, monkeypatch):  # noqa: F811
+def test_outside_colab_nothing_happens(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a command was run"))
+    assert bootstrap() == "runs"
+
+
+def test_colab_gets_what_is_missing_and_keeps_torch_and_numpy(colab, monkeypatch, tmp_path):
+    without(monkeypatch, "papermill", "torch")
+    assert bootstrap() == str(tmp_path / "drive" / "MyDrive" / "wmh-lora")
+    (command,) = colab.runs
+    assert [word for word in command if ">=" in word] == ["papermill>=2.6"]
+    assert not any(word.startswith(("torch", "numpy")) for word in command)
+    assert f"numpy=={importlib.metadata.version('numpy')}" in colab.constraints
+
+
+def test_a_second_call_mounts_and_installs_nothing(colab):
+    bootstrap()
+    bootstrap()
+    assert len(colab.mounts) == 1 and not colab.runs
+
+
+def test_processes_that_the_library_starts_in_colab_find_it_where_it_is_not_installed(colab, tmp_path):
+    bare = [sys.executable, "-S", "-c", "import importlib.util; print(importlib.util.find_spec('wmhlib').origin)"]  # -S: what is installed is not seen
+    with subprocess.Popen(bare, cwd=tmp_path, stderr=subprocess.PIPE) as before:
+        assert b"NoneType" in before.communicate()[1]
+    bootstrap()
+    bootstrap()
+    with subprocess.Popen(bare, cwd=tmp_path, stdout=subprocess.PIPE) as after:
+        assert Path(after.communicate()[0].decode().strip()) == Path(wmhlib.__file__)
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "elsewhere"]
+
+
+def test_a_refused_drive_is_said_and_the_session_goes_on(colab, capsys):
+    colab.refuse = True
+    assert bootstrap() == "/content/wmh-lora-runs"
+    assert "vanish with this session" in capsys.readouterr().out
+
+
+def test_a_secret_comes_from_the_environment_or_is_absent(monkeypatch):
+    monkeypatch.setenv("WMH_TEST_SECRET", "value")
+    assert secret("WMH_TEST_SECRET") == "value"
+    assert secret("WMH_TEST_SECRET_ABSENT") is None
+
+
+def test_colab_secrets_come_after_the_environment_and_may_be_absent(colab, monkeypatch):
+    colab.secrets["KEY"] = "from colab"
+    assert secret("KEY") == "from colab" and secret("OTHER") is None
+    monkeypatch.setenv("KEY", "from environment")
+    assert secret("KEY") == "from environment"
+
+
+@each_notebook
+def test_the_bootstrap_cell_clones_where_the_library_is_not_there_yet(source, colab, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wmhlib" else real(name, *a))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cell = next(c for c in jupytext.read(source).cells if "bootstrap" in c.metadata.get("tags", []))
+    scope = {}
+    exec(cell.source, scope)
+    assert [command[:2] for command in colab.runs] == [["git", "clone"]]
+    assert sys.path[0] == "/content/wmh-lora" and scope["root"].endswith("MyDrive/wmh-lora")
+    assert len(colab.mounts) == 1
+
+
+def test_a_package_older_than_the_suite_needs_is_brought_up(colab, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.7.4" if name == "kaggle" else real(name))
+    bootstrap()
+    assert [word for word in colab.runs[0] if word.startswith("kaggle")] == ["kaggle>=2.0"]
+
+
+def test_pip_is_told_to_leave_every_installed_package_as_it_is(colab, monkeypatch):
     without(monkeypatch, "papermill")
-    workspace.bootstrap()
+    bootstrap()
     kept = dict(line.split("==") for line in colab.constraints)
     assert {"torch", "numpy", "pandas", "requests", "ipykernel"} <= set(kept) and "papermill" not in kept
     assert kept["pandas"] == importlib.metadata.version("pandas")
 
 
-def test_an_installation_that_fails_says_what_to_do(colab, monkeypatch):  # noqa: F811
+def test_an_installation_that_fails_says_what_to_do(colab, monkeypatch):
     without(monkeypatch, "papermill")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no space left"))
     with pytest.raises(WMHError, match="could not install papermill>=2.6 .*no space left.*Disconnect and delete runtime"):
-        workspace.bootstrap()
+        bootstrap()
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_a_runtime_without_gpu_is_told_where_one_is_chosen(gpu, colab, monkeypatch, capsys):  # noqa: F811
+def test_a_runtime_without_gpu_is_told_where_one_is_chosen(gpu, colab, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: int(gpu))
-    workspace.bootstrap()
+    bootstrap()
     assert ("Runtime > Change runtime type > T4 GPU or better" in capsys.readouterr().out) != gpu
 
 
-@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_bootstrap_cell_run_again_does_nothing_again(source, colab, monkeypatch, tmp_path):  # noqa: F811
+@each_notebook
+def test_the_bootstrap_cell_run_again_does_nothing_again(source, colab, monkeypatch, tmp_path):
     """Twice in a session, and once more after the kernel was restarted: one clone, one mount, one installation."""
     clone, real, absent = tmp_path / "clone", importlib.util.find_spec, ["papermill"]
 
@@ -125,7 +244,7 @@ def test_the_bootstrap_cell_run_again_does_nothing_again(source, colab, monkeypa
     assert len(set(roots)) == 1
 
 
-def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):  # noqa: F811
+def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):
     from wmhlib import download, fetch
 
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
@@ -137,11 +256,11 @@ def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):  # no
         download.fetch_kaggle(tmp_path)
 
 
-def test_only_the_workspace_imports_colab():
+def test_one_module_alone_imports_google():
     for path in (*sorted((ROOT / "wmhlib").rglob("*.py")), *NOTEBOOKS):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            assert path.name == "workspace.py" or not any(name.split(".")[0] == "google" for name in names), f"{path}:{node.lineno}"
+            assert path.name == "colab.py" or not any(name.split(".")[0] == "google" for name in names), f"{path}:{node.lineno}"
 
 
 def test_every_notebook_has_the_same_bootstrap_cell():

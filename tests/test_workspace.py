@@ -9,7 +9,7 @@ import pytest
 
 from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder, atomic, natural, read_table, secret, stable_seed, write_atomic, write_table
+from wmhlib.workspace import RunFolder, atomic, natural, read_table, stable_seed, write_atomic, write_table
 
 
 @pytest.fixture
@@ -83,12 +83,6 @@ def test_the_manifest_covers_every_file_but_itself_and_the_notebooks(run):
     assert first["files"]["figures/a.png"] == hashlib.sha256(b"picture").hexdigest()
     assert first["seed"] == 42 and first["versions"]["torch"]
     assert json.loads(run.write_manifest().read_text()) == first
-
-
-def test_a_secret_comes_from_the_environment_or_is_absent(monkeypatch):
-    monkeypatch.setenv("WMH_TEST_SECRET", "value")
-    assert secret("WMH_TEST_SECRET") == "value"
-    assert secret("WMH_TEST_SECRET_ABSENT") is None
 
 
 def test_numbers_in_names_sort_by_value():

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from . import archives, fetch, medsam, phantom, vessels
 from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
+from .colab import secret
 from .errors import InputError, RecipeError
 from .settings import Recipe
-from .workspace import RunFolder, read_table, secret, write_atomic, write_table
+from .workspace import RunFolder, read_table, write_atomic, write_table
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
 KAGGLE_DATASET = "farahmo/wmh-dataset"

@@ -1,4 +1,4 @@
-"""The run folder: its paths, atomic writes, tables, manifest; stable seeds; Colab and Drive; secrets."""
+"""The run folder: its paths, atomic writes, tables, manifest; stable seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -14,23 +13,18 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-from .errors import InputError, MissingStepError, RecipeError, WMHError
+from .errors import InputError, MissingStepError, RecipeError
 from .sections import SHIPPED
 from .settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_DRIVE = Path("/content/drive")
 _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
                  "page")
@@ -133,7 +127,7 @@ class RunFolder:
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
                        and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "commit": _commit(),
             "seed": self.recipe().seed,
             "files": {p.relative_to(self.path).as_posix(): sha256(p) for p in files},
@@ -223,38 +217,18 @@ def natural(text: str) -> list:
     return [(len(part.lstrip("0")), part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
+def version(name: str) -> str | None:
+    """The version of an installed distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def sha256(path: str | Path) -> str:
     """The sha256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
-    """The default folder for runs. In Colab it also mounts Drive, says if there is no GPU, lets other processes import the library, and
-    installs the distributions of `requirements` that are missing or too old; all others stay as they are, since a session that loses its
-    own breaks."""
-    if not _in_colab():
-        return "runs"
-    paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # for the processes that the library starts: nothing is installed there
-    missing = _missing(Path(requirements).read_text())
-    if missing:
-        _install(missing)
-    _say_without_gpu()
-    return _mounted_drive()
-
-
-def secret(name: str) -> str | None:
-    """The secret `name` from the environment, else from Colab's secrets, else None; where it is the path of a file, the file's text."""
-    value = os.environ.get(name)
-    if not value and _in_colab():
-        from google.colab import userdata
-        with contextlib.suppress(Exception):  # absent, access not granted, or no page to ask: Colab has an error of its own for each
-            value = userdata.get(name)
-    if not value:
-        return None
-    file = os.path.expanduser(value.strip())
-    return Path(file).read_text().strip() if os.path.isfile(file) else value.strip()
 
 
 _POINT = {  # what the values of an operating point must be
@@ -294,70 +268,9 @@ def _settings(recipe: Recipe) -> dict:
     return flat
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     try:
         return subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _in_colab() -> bool:
-    try:
-        return importlib.util.find_spec("google.colab") is not None
-    except (ImportError, ValueError):
-        return "google.colab" in sys.modules
-
-
-def _missing(requirements: str) -> list[str]:
-    lines = [line.split("#")[0].strip() for line in requirements.splitlines()]
-    wanted = {line: Requirement(line) for line in lines if line}
-    return [line for line, package in wanted.items() if package.name not in ("torch", "numpy")
-            and not package.specifier.contains(_version(package.name) or "0", prereleases=True)]
-
-
-def _install(missing: list[str]) -> None:
-    print(f"installing {', '.join(missing)}")
-    with tempfile.TemporaryDirectory() as folder:
-        keep = Path(folder, "keep.txt")
-        keep.write_text("".join(_installed({canonicalize_name(Requirement(line).name) for line in missing})))
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", str(keep), *missing], capture_output=True,
-                              text=True)
-    if done.returncode:
-        raise WMHError(f"pip could not install {', '.join(missing)} beside what this session has: {done.stderr.strip()[-500:]}. "
-                       "Choose Runtime > Disconnect and delete runtime, then run the notebook again")
-    importlib.invalidate_caches()
-
-
-def _installed(but: set[str]) -> list[str]:
-    """A pip constraint for each distribution there is `but` some: what is installed later changes none of them."""
-    versions = {}
-    for found in importlib.metadata.distributions():
-        versions.setdefault(canonicalize_name(found.metadata["Name"] or ""), found.version)
-    return [f"{name}=={version}\n" for name, version in sorted(versions.items()) if name not in but and re.fullmatch(r"[\w.+!-]+", version or "")]
-
-
-def _say_without_gpu() -> None:
-    import torch  # not before the packages are there
-    if not torch.cuda.device_count():  # asks no driver, so that processes can be forked later
-        print("This runtime has no GPU, which is enough for small networks (presets demo, flair, vessels, stroke-demo, smoke). For the others choose Runtime > "
-              "Change runtime type > T4 GPU or better, then run the notebook again.")
-
-
-def _mounted_drive() -> str:
-    from google.colab import drive
-    try:
-        if not (_DRIVE / "MyDrive").exists():
-            drive.mount(str(_DRIVE))
-        return str(_DRIVE / "MyDrive" / "wmh-lora")
-    except Exception as error:
-        print(f"Google Drive is not mounted ({error}): runs go to /content/wmh-lora-runs and vanish with this session. "
-              "To keep them, run this cell again and allow access.")
-        return "/content/wmh-lora-runs"
