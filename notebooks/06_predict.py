@@ -81,7 +81,7 @@ print(f"every scan: {out / derivatives.INDEX}, as a table: {derivatives.TABLE} b
 # %% [markdown]
 # ## Volumes
 #
-# A scan is unsure where plain prediction and test-time views differ more than on most validation cases: look at it first.
+# A scan is unsure where plain prediction and test-time views differ more than the limit that best told poor validation cases from others: look at it first.
 
 # %%
 table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "status"]].round(3)

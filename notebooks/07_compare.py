@@ -59,12 +59,12 @@ from wmhlib import cohort, compare, minisam, presets, report
 from wmhlib.bench import claims, compared
 from wmhlib.workspace import RunFolder, read_table, write_table
 
-out, plan = Path(out_dir or f"{root}/compare_{preset}"), compare.plan(preset)
+out, plan = Path(out_dir or f"{root}/compare_{preset}").expanduser(), compare.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
-drawn = [int(seed) for seed in seeds.split()] or plan.seeds
+drawn = compare.numbers(seeds, "seeds") or plan.seeds
 each = f"{plan.each} {overrides}"
-named = compare.systems(methods.split() or plan.methods, [int(rank) for rank in ranks.split()] or plan.ranks)
+named = compare.systems(methods.split() or plan.methods, compare.numbers(ranks, "ranks") or plan.ranks)
 changed = compare.ablations(recipe.with_overrides(each), run.cases(), plan.ablations)
 data = cohort.describe(read_table(run.cohort_csv))
 print(f"{len(named)} methods and {len(changed)} changes x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")

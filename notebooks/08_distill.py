@@ -63,7 +63,7 @@ from wmhlib.bench import claims, distilled
 from wmhlib.teacher import choose
 from wmhlib.workspace import RunFolder, read_table, write_table
 
-out, plan = Path(out_dir or f"{root}/distill_{preset}"), minisam.plan(preset)
+out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed)

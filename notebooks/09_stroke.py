@@ -63,10 +63,10 @@ from wmhlib.bench.table import shown
 from wmhlib.volumetric import study
 from wmhlib.workspace import RunFolder, read_table, write_table
 
-out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks"), presets.preset(preset), study.plan(preset)
+out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks").expanduser(), presets.preset(preset), study.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))
 recipe = minisam.prepare(run, recipe).recipe(preset)
-named, drawn = study.systems(networks), tuple(int(seed) for seed in seeds.split())
+named, drawn = study.systems(networks), compare.numbers(seeds, "seeds") or [0]
 study.check_request(run, named, folds, formats, overrides)
 data = cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 print(f"{len(named)} networks x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
@@ -76,27 +76,6 @@ print(f"{len(named)} networks x {len(drawn)} seeds on {(run.cases().split == 'tr
 
 # %%
 compared.tell(study.network_table(recipe, named), study.caption("networks"))
-
-# %% [markdown]
-# ## What a state space costs
-#
-# The third network reads the coarse maps as tokens, at a cost linear in their number; attention's is quadratic.
-
-# %%
-costs = volumes.token_costs(plan.tokens, repetitions=plan.repetitions)
-write_table(costs, out / "tokens.csv")
-machine = roofline.machine(256, 1, "cpu")
-bench.show(volumes.token_figure(costs), out, "tokens", machine)
-
-# %% [markdown]
-# ## Speed
-#
-# Against MONAI's networks of as many parameters, all in turns in one run.
-
-# %%
-speed = volumes.speed(plan.side, repetitions=plan.repetitions, precision=recipe.training.precision, networks=plan.raced)
-write_table(speed, out / "speed.csv")
-bench.tell(shown(speed)[["ratio", "baseline", "ours", "memory (MB)"]], "volumes", machine)
 
 # %% [markdown]
 # ## Training
@@ -164,6 +143,27 @@ if folds:
 # %%
 exported = study.exported(compare.cell(out / "cells", best, drawn[0]), out, formats)
 compared.tell(exported, study.caption("export"))
+
+# %% [markdown]
+# ## What a state space costs
+#
+# The third network reads the coarse maps as tokens, at a cost linear in their number; attention's is quadratic.
+
+# %%
+costs = volumes.token_costs(plan.tokens, repetitions=plan.repetitions)
+write_table(costs, out / "tokens.csv")
+machine = roofline.machine(256, 1, "cpu")
+bench.show(volumes.token_figure(costs), out, "tokens", machine)
+
+# %% [markdown]
+# ## Speed
+#
+# Against MONAI's networks of as many parameters, all in turns in one run.
+
+# %%
+speed = volumes.speed(plan.side, repetitions=plan.repetitions, precision=recipe.training.precision, networks=plan.raced)
+write_table(speed, out / "speed.csv")
+bench.tell(shown(speed)[["ratio", "baseline", "ours", "memory (MB)"]], "volumes", machine)
 
 # %% [markdown]
 # ## Limits

@@ -63,7 +63,7 @@ from wmhlib.bench import charts, growth, measures, roofline, steps, table
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 
 plan = measures.plan(preset, bool(quick))
-out = Path(out_dir or f"{root}/benchmark")
+out = Path(out_dir or f"{root}/benchmark").expanduser()
 machine = roofline.machine(plan.matrix)
 write_atomic(out / "machine.json", json.dumps(machine, indent=2) + "\n")
 pd.Series(machine, name="").to_frame()

@@ -90,7 +90,7 @@ def test_bias_interval_equals_a_t_test(exact_pingouin):
 def test_the_two_r2_differ_where_volumes_are_halved():
     found = r_squared([2, 4, 6, 8], [1, 2, 3, 4])
     assert found["fit"] == pytest.approx(1) and found["identity"] == pytest.approx(1 - 30 / 20)
-    assert np.isnan(list(r_squared([2], [1]).values())).all()
+    assert np.isnan(list(r_squared([2, 3], [1, 5]).values())).all(), "a line fits any two"
 
 
 def test_the_two_r2_equal_statsmodels_and_scikit_learn():

@@ -231,6 +231,14 @@ def test_what_cannot_be_a_cohort_is_refused(touch, names, message):
         cohort.find_cases(touch("readme.txt", *names))
 
 
+def test_masks_that_name_no_session_are_those_of_the_only_one(touch):
+    folder = touch("sub-1/ses-a/anat/sub-1_ses-a_FLAIR.nii.gz", "derivatives/x/sub-1/anat/sub-1_label-WMH_mask.nii.gz")
+    assert cohort.find_cases(folder)[["case", "subject"]].values.tolist() == [["sub-1_ses-a", "sub-1"]]
+    touch("sub-1/ses-b/anat/sub-1_ses-b_FLAIR.nii.gz")
+    with pytest.raises(InputError, match="no labelled cases"):
+        cohort.find_cases(folder)
+
+
 def test_a_place_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="not a folder"):
         cohort.find_cases(tmp_path / "nowhere")
@@ -243,6 +251,13 @@ def test_scans_to_predict_need_no_mask(touch):
     assert scans[["case", "subject", "session", "site"]].values.tolist() == [
         ["Utrecht_1", "Utrecht_1", "", "Utrecht"], ["sub-1_ses-2", "sub-1", "2", "bids"]]
     assert scans.t1[0].endswith("pre/T1.nii.gz") and scans.t1[1].endswith("space-FLAIR_T1w.nii.gz")
+
+
+def test_scans_in_another_layout_than_the_others_are_named(touch, capsys):
+    folder = touch("sub-01_FLAIR.nii.gz", "P2_FLAIR.nii.gz", *challenge("Utrecht/1")[:2], "Utrecht/1/orig/FLAIR.nii.gz", "derivatives/fsl/FLAIR_brain.nii.gz")
+    assert cohort.find_scans(folder).case.tolist() == ["Utrecht_1", "sub-01"]
+    printed = capsys.readouterr().out
+    assert "left out 1 scans" in printed and "P2_FLAIR.nii.gz" in printed
 
 
 def test_a_plain_folder_gives_its_flair_files_and_not_their_results(touch):

@@ -109,12 +109,13 @@ def test_what_the_cases_do_not_have_is_left_out_and_named(capsys):
     assert (half.rank_attention, half.rank_mlp) == (recipe.adapter.rank_attention // 2, 0)
 
 
-def test_a_result_without_hd95_is_counted_and_left_out_of_its_mean(scores):
+def test_a_result_without_a_score_is_counted_and_left_out_of_its_mean(scores):
     scores.loc[scores.index[:8], "hd95"] = np.nan  # of "none" all cases of a seed
     row = compare.summary(scores).set_index("system").loc["none"]
-    assert row.no_hd95 == 8 and row.hd95 == 5 and row.hd95_low == 5
-    assert {"without HD95", "HD95 (mm)"} <= set(compared.shown(compare.summary(scores), "synthetic cases"))
-    assert "HD95 (px)" in compared.shown(compare.summary(scores), "synthetic images")
+    assert row.left_out == "HD95 (mm) 8" and row.hd95 == 5 and row.hd95_low == 5
+    assert compared.shown(compare.summary(scores), "synthetic cases")["left out"].tolist().count("none") == scores.system.nunique() - 1
+    of_images = compared.shown(compare.summary(scores), "synthetic images")
+    assert "HD95 (px)" in of_images and of_images.loc["none", "left out"] == "HD95 (px) 8"
 
 
 def test_the_front_holds_what_no_leaner_system_beats():

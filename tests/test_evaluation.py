@@ -200,7 +200,8 @@ def test_a_mask_file_is_scored_against_its_reference_on_the_grid_of_its_scan(tin
     reference[10:14, 10:14, 4:6], reference[3, 3, 3] = 1, 2
     paths = tiny_nifti("FLAIR.nii.gz"), tiny_nifti("wmh.nii.gz", data=reference)
     found = evaluation.score_files(*paths, tiny_nifti("same.nii.gz", data=(reference > 0).astype(np.uint8)))
-    assert (found["dsc"], found["hd95"], found["reference_ml"]) == (1, 0, pytest.approx(0.096))
+    assert (found["dsc"], found["hd95"], found["reference_ml"]) == (1, 0, pytest.approx(0.096)) and found["result_ml"] == found["reference_ml"]
+    assert evaluation.score_files(*paths, tiny_nifti("two.nii.gz", data=2 * (reference > 0).astype(np.uint8))) == found, "the challenge asks for 0.5 or more"
     half = reference * (np.arange(10) < 5)
     assert evaluation.score_files(*paths, tiny_nifti("half.nii.gz", data=half.astype(np.uint8)))["dsc"] == pytest.approx(2 / 3)
     with pytest.raises(InputError, match="other.nii.gz has shape"):

@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 import weakref
 
 import pytest
@@ -152,6 +153,17 @@ def test_a_freed_tensor_is_no_longer_held():
 def test_this_machine_has_a_name_and_holds_less_than_it_has():
     name, size = hardware.device_memory(CPU)
     assert name == "CPU" and 50e6 < measured_peak(CPU) < size
+
+
+@pytest.mark.parametrize(("line", "files", "least"), [
+    ("0::/user/job", {"memory.max": 9000, "user/memory.max": 5000, "user/job/memory.max": "max"}, 5000),
+    ("4:cpu,memory:/slurm/job_1", {"memory/memory.limit_in_bytes": 9000, "memory/slurm/job_1/memory.limit_in_bytes": 4000}, 4000),
+    ("3:cpuset:/job", {"job/memory.max": 10}, None)])
+def test_the_limits_of_all_groups_around_a_process_count(line, files, least, tmp_path):
+    for name, text in {"proc/self/cgroup": line, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert min(hardware._memory_limits(tmp_path)) == (least or sys.maxsize)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not let a process reset its peak")

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.figure
 import pandas as pd
@@ -59,7 +60,7 @@ def test_every_preset_of_the_distillation_has_a_plan_and_a_recipe():
 
 def test_teacher_and_student_can_be_chosen_by_name():
     chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7)
-    assert (chosen.teacher.dim, chosen.teacher.checkpoint, chosen.student.dim, chosen.inputs.img_size, chosen.seed) == (1024, "sam.pth", 192, 512, 7)
+    assert (chosen.teacher.dim, chosen.teacher.checkpoint, chosen.student.dim, chosen.inputs.img_size, chosen.seed) == (1024, str(Path("sam.pth").absolute()), 192, 512, 7)
     assert teacher.choose("demo", Inputs()).teacher == PRESETS["demo"].teacher
     with pytest.raises(RecipeError, match="no 'vit_x': known are vit_h"):
         teacher.choose("demo", Inputs(), teacher_kind="vit_x")

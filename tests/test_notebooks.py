@@ -116,7 +116,7 @@ def test_other_labelled_cases_are_evaluated_without_training(smoke_run, tmp_path
     metrics = read_table(out / "metrics.csv")
     assert metrics.case.nunique() == 3 and metrics.system.nunique() == 4 and "05_report.html" in capsys.readouterr().out
     page = (out / "notebooks" / "05_report.html").read_text()
-    assert "No scan of the evaluated data was used for training" in page and "External validation" in page
+    assert "No scan of the evaluated data was used for training" in page and "of sites that were trained on too" in page
     arguments[-1] += "-again"
     assert suite.main([*arguments, "--data", str(run.path / "data")]) == 1
     assert "were used to train" in capsys.readouterr().err

@@ -82,8 +82,9 @@ def test_captions_of_figures_name_the_data_and_what_good_looks_like():
 
 
 def test_zones_have_dice_recall_and_volumes(evaluated):
-    zones = pd.DataFrame([dict(case="a", zone=z, dsc=d, reference_ml=2.0, result_ml=1.0) for z, d in (("periventricular", 0.8), ("deep", 0.5))])
+    zones = pd.DataFrame([dict(case="a", zone=z, dsc=d, reference_ml=2.0, result_ml=1.0) for z, d in (("periventricular", np.nan), ("deep", 0.5))])
     lesions = pd.DataFrame([dict(case="a", kind="reference", zone="deep", hit=hit) for hit in (True, False)])
     table = report.zone_table(zones, lesions)
+    assert table["left out"].to_dict() == {"periventricular": 1, "deep": 0} and table.loc["periventricular", "Dice"] == "-"
     assert table.loc["deep", ["n", "Dice", "reference lesions", "found", "result (mL)"]].tolist() == [1, "0.50", 2, 1, "1.00"]
     assert report.zone_table(evaluated.zones, evaluated.lesions).empty

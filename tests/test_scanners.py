@@ -57,6 +57,6 @@ def test_a_cohort_carries_its_tissues_into_the_labels_of_its_slices(tmp_path):
     inputs = sections.Inputs(img_size=64)
     slices = load_slices(cases, inputs, progress=False)[0]
     assert {0, 1, 3, 4, 5} <= set(slices.labels.unique().tolist()) <= set(range(8))
-    plain = tmp_path / "training" / "flair" / "0" / "tissue.nii.gz"
+    plain = tmp_path / "training" / "flair" / "0" / "synthetic_tissue.nii.gz"
     plain.unlink()
     assert set(load_slices(cases, inputs, progress=False)[0].labels.unique().tolist()) <= {0, 1, 2}

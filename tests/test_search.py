@@ -45,7 +45,6 @@ def test_grid_equals_the_naive_loop():
     assert len(table) == 4 * 6 * 2  # the recipe's threshold of 0.6 joins the three
     for row in table.to_dict("index").items():
         expected = [naive_dice(c, *(row[1][k] for k in ("threshold", "size", "unit", "tta"))) for c in cases]
-        expected[2] = np.nan  # no lesion
         found = table.loc[row[0], [PER_CASE + c["case"] for c in cases]].astype(float)
         np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0)
         assert row[1]["dsc"] == pytest.approx(np.nanmean(expected), abs=1e-12)
@@ -63,7 +62,7 @@ def naive_dice_grid(prob, lesion, ignored, thresholds, sizes):
                 if component.sum() < size:
                     result[component] = False
             result &= ~ignored
-            if lesion.any():
+            if lesion.any() or result.any():
                 dice[i, j] = 2 * int((result & lesion).sum()) / (int(result.sum()) + int(lesion.sum()))
     return dice
 
@@ -72,7 +71,7 @@ def assert_equals_naive_grid(prob, reference):
     operating = Operating(thresholds=(0.2, 0.35, 0.6, 0.8), sizes=(1, 2, 3, 5, 8, 12), sizes_mm3=(4.0,))
     item = dict(case="c", split="val", spacing=(1, 1, 1), reference=reference, prob=prob, prob_tta=prob[::-1],
                 flair_z=prob, inner=np.ones(prob.shape, bool))
-    table = search([item], operating)[0].query("unit == 'voxels'")
+    table = search([item, case(0)], operating)[0].query("unit == 'voxels'")
     expected = [naive_dice_grid(p, reference == 1, reference == 2, operating.thresholds, operating.sizes) for p in (prob, prob[::-1])]
     np.testing.assert_array_equal(table[PER_CASE + "c"].to_numpy(), np.ravel(expected))
 
@@ -128,12 +127,18 @@ def test_cases_are_read_one_at_a_time():
     assert len(search(cases(), OPERATING)[1]) == 5
 
 
-def test_cases_without_lesion_are_left_out_of_every_point_and_counted():
+def test_a_case_without_lesion_counts_0_where_something_is_found_as_in_the_report_and_nothing_elsewhere():
     empty = case(0, empty=True)
+    empty["prob"] *= 0  # nothing in one view, false alarms with TTA
     table, _ = search([empty, case(1)], OPERATING)
-    assert (table.nans == 1).all() and (table.n == 1).all()
-    with pytest.raises(InputError, match="no point of the search table has a Dice"):
-        choose(*search([empty], OPERATING))
+    one, alarms = table[~table.tta], table[table.tta & (table.threshold == 0.2)]
+    assert (one.nans == 1).all() and one.dsc.equals(one["dsc c1"].rename("dsc"))
+    assert (alarms.nans == 0).all() and np.allclose(alarms.dsc, alarms["dsc c1"] / 2)
+
+
+def test_without_any_lesion_there_is_nothing_to_search():
+    with pytest.raises(InputError, match="no validation case has a lesion"):
+        search([case(0, empty=True)], OPERATING)
 
 
 def test_only_different_validation_cases_are_searched():

@@ -144,7 +144,7 @@ def test_a_person_scanned_at_two_sites_stays_on_one_side():
     ("split.protocol=k-fold split.fold=5", RecipeError, "split.fold = 5 is impossible: expected 0 to 4"),
     ("split.fold=1", RecipeError, "split.fold = 1 is impossible"),
     ("split.protocol=k-fold split.folds=1", RecipeError, "split.folds = 1"),
-    ("split.protocol=k-fold split.folds=13", InputError, "12 subjects do not fill 13 folds: set split.folds to 12"),
+    ("split.protocol=k-fold split.folds=13", InputError, "12 subjects do not fill 13 folds: set split.folds .in notebook 09 folds. to 12"),
     ("split.protocol=challenge", InputError, "needs cases of both groups, and none of this cohort is in training"),
 ])
 def test_a_protocol_that_does_not_fit_is_refused(overrides, error, message):

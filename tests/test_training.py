@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from wmhlib import epochs, slicestore, tasks, training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
+from wmhlib.network import load_network
 from wmhlib.presets import preset
 from wmhlib.sections import Training
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import RunFolder, read_table, stable_seed, write_table
+from wmhlib.workspace import RunFolder, read_table, stable_seed, write_atomic, write_table
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
 
@@ -143,6 +144,18 @@ def test_a_checkpoint_of_another_recipe_is_refused(new_run):
         training.fit(other, progress=False)
 
 
+def test_a_run_goes_on_where_its_base_has_moved_and_the_library_has_a_setting_more():
+    def origin(**recipe):
+        told = json.loads(preset("smoke", "encoder.checkpoint=/old/base.pth").to_json())
+        del told["training"]["patience"]
+        return {"recipe": json.dumps(told | recipe), "base_sha256": "a", "split": "b"}
+
+    now = origin() | {"recipe": preset("smoke", "encoder.checkpoint=/new/base.pth").to_json()}
+    state = dict.fromkeys(training._STATE)
+    assert training._differing(state | {"origin": origin()}, now) == []
+    assert training._differing(state | {"origin": origin(seed=7) | {"base_sha256": "c"}}, now) == ["recipe", "base_sha256"]
+
+
 def test_a_run_whose_split_changed_is_refused(new_run):
     run = new_run("run", "inputs.img_size=32 training.epochs=1")
     training.fit(run, progress=False)
@@ -156,7 +169,8 @@ def test_validation_cases_without_a_lesion_still_leave_weights(new_run, monkeypa
     monkeypatch.setattr(training, "validate", lambda *_: {"val_loss": 1.0, "val_dice": math.nan})
     run = new_run("run", "inputs.img_size=32 training.epochs=2")
     training.fit(run, progress=False)
-    assert run.best.exists()
+    last = load_checkpoint(newest_checkpoint(run))["network"]
+    assert all(torch.equal(value, last[name]) for name, value in load_network(run.best)[0].trained_state().items()), "the last, since none is better"
 
 
 def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_and_stays_stopped(new_run, monkeypatch, capsys):
@@ -219,6 +233,27 @@ def test_a_loss_that_climbs_far_above_an_earlier_epochs_stops_the_run(new_run):
     with pytest.raises(WMHError, match=r"the loss (rose to|became)"):
         training.fit(run, progress=False)
     assert (run.path / "failed_batch.safetensors").exists()
+
+
+def test_a_warm_restart_of_an_overfitted_network_is_no_divergence(new_run, monkeypatch):
+    losses = iter([0.6, 0.02, 0.2, 0.4, 0.4])
+    monkeypatch.setattr(epochs, "sum_over_processes", lambda accelerator, tensors: tensors[-1].fill_(next(losses)))
+    monkeypatch.setattr(training, "validate", lambda *_: {"val_loss": 1.0, "val_dice": 0.5})
+    run = new_run("run", "inputs.img_size=32 training.epochs=4 training.train_negatives=0 training.batch_size=512")
+    with pytest.raises(WMHError, match="the loss rose to .* from .* in an epoch before"):
+        training.fit(run, progress=False)
+    assert read_table(run.history_csv).epoch.max() == 3
+
+
+def test_an_operating_point_does_not_outlive_its_weights(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
+    training.fit(run, progress=False)
+    write_atomic(run.operating_point, b"{}")
+    training.fit(run, progress=False)
+    assert run.operating_point.exists(), "the weights are the same"
+    run.best.unlink()
+    training.fit(run, progress=False)
+    assert run.best.exists() and not run.operating_point.exists()
 
 
 def test_missing_steps_name_their_notebook(tmp_path):

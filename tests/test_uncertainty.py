@@ -94,8 +94,13 @@ def test_the_interval_of_rho_covers_it_about_as_often_as_it_says():
     assert np.mean(covered) >= 0.85
 
 
+def test_rho_of_fewer_than_five_cases_has_no_interval():
+    few, enough = (flag_table(table(np.arange(n) / 9, np.arange(n)[::-1] / 9), 0.5).loc["Spearman rho"] for n in (4, 5))
+    assert few.value == enough.value == pytest.approx(-1) and np.isnan(few.low) and np.isfinite(enough.low)
+
+
 @pytest.mark.parametrize("uncertainty, dsc", [([0.9], [0.4]), ([0.9, 0.1], [0.4, np.nan]), ([0.2] * 4, [0.5] * 4)])
 def test_few_or_equal_cases_leave_what_they_cannot_tell_undefined(uncertainty, dsc):
     found = flag_table(table(uncertainty, dsc), 0.5)
-    assert np.isnan(found.value["Spearman rho"]) and found.n["flagged"] == np.isfinite(dsc).sum()
+    assert np.isnan(found.value["Spearman rho"]) and np.isnan(found.low["Spearman rho"]) and found.n["flagged"] == np.isfinite(dsc).sum()
     assert np.isnan(found.low[found.n == 0]).all()

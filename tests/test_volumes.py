@@ -161,6 +161,16 @@ def test_a_mask_of_another_grid_or_with_other_labels_is_refused_and_an_empty_one
         mask(empty + 3 * (np.arange(empty.size).reshape(empty.shape) == 9).astype(np.uint8))
 
 
+def test_labels_that_a_scaled_integer_file_rounds_are_read_as_they_were(head, tmp_path):
+    volume = load_volume(head())
+    labels = (np.arange(volume.data.size) % 3).reshape(volume.data.shape)
+    image = nib.Nifti1Image(labels.astype(np.float32), volume.affine)
+    image.set_data_dtype(np.int16)
+    nib.save(image, tmp_path / "wmh.nii.gz")
+    assert set(np.unique(nib.load(tmp_path / "wmh.nii.gz").get_fdata())) != {0, 1, 2}
+    assert np.array_equal(load_mask(tmp_path / "wmh.nii.gz", volume), labels)
+
+
 def test_a_scan_without_contrast_inside_the_head_is_refused():
     with pytest.raises(InputError, match="no tissue contrast"):
         normalise(np.ones((5, 5, 5)), np.ones((5, 5, 5), bool), "x.nii")

@@ -85,10 +85,10 @@ def r_squared(reference, result) -> dict[str, float]:
 
     `identity` is 1 minus squared errors over the reference's squared deviations: the result taken as it is, negative
     where the reference's mean would do better. `fit` is the squared correlation, which a result of half the volume
-    everywhere passes with 1. NaN where there is no variance to explain.
+    everywhere passes with 1. NaN for fewer than three cases (a line fits any two), or where there is no variance to explain.
     """
     reference, result = np.asarray(reference, float), np.asarray(result, float)
-    if len(reference) < 2:
+    if len(reference) < 3:
         return dict(identity=np.nan, fit=np.nan)
     dx, dy = reference - reference.mean(), result - result.mean()
     xx, yy = float(dx @ dx), float(dy @ dy)

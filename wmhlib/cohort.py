@@ -15,7 +15,7 @@ import torch
 from . import images, layouts, volumes
 from .errors import InputError
 from .sections import Inputs, Volume
-from .volumetric.boxes import place_box
+from .volumetric.boxes import box_labels, place_box
 from .workspace import natural
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
@@ -146,6 +146,8 @@ def _checked(row: dict, inputs: Inputs, volume: Volume) -> dict | InputError:
     """The row of one case in the table of checks, or what keeps the case from being used."""
     try:
         loaded = volumes.load_case(row["flair"], row.get("t1"), row["mask"], inputs)
+        if volume.network:
+            box_labels(loaded, place_box(loaded, volume), row["mask"])
     except InputError as error:
         return error
     data = loaded.volume.data

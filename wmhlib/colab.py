@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .errors import WMHError
+from .errors import InputError, WMHError
 from .workspace import REPOSITORY, version
 
 _DRIVE = Path("/content/drive")
@@ -37,7 +37,8 @@ def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str
 
 
 def secret(name: str) -> str | None:
-    """The secret `name` from the environment, else from Colab's secrets, else None; where it is the path of a file, the file's text."""
+    """The secret `name` from the environment, else from Colab's secrets, else None; where it is the path of a file, the file's text
+    (InputError where that cannot be read)."""
     value = os.environ.get(name)
     if not value and _in_colab():
         from google.colab import userdata
@@ -45,8 +46,11 @@ def secret(name: str) -> str | None:
             value = userdata.get(name)
     if not value:
         return None
-    file = os.path.expanduser(value.strip())
-    return Path(file).read_text().strip() if os.path.isfile(file) else value.strip()
+    file = Path(value.strip()).expanduser()
+    try:
+        return file.read_text().strip() if file.exists() else value.strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} names {file}, which is no text file ({type(error).__name__}): set it to the secret itself, or to a file that holds it") from None
 
 
 def _in_colab() -> bool:

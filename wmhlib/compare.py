@@ -16,9 +16,10 @@ from .adapters import budget
 from .bench.steps import Step, step_memories
 from .bench.table import alternate
 from .engine import WMHInferenceEngine
-from .errors import InputError
+from .errors import InputError, RecipeError
 from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
 from .presets import planned
+from .report import HEADS
 from .settings import Recipe
 from .trained import weights_bytes
 from .training import fit
@@ -189,19 +190,26 @@ def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.Dat
 
 def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:
     """A row for each system: number of `seeds` and test cases (`n`), the mean of each score over cases and seeds with `<score>_low` and
-    `<score>_high`, the 95 % t interval over the seeds' means (NaN with one seed), `no_hd95`, how many results have none (nothing was
-    found: they are left out of its mean), and its `costs`."""
+    `<score>_high`, the 95 % t interval over the seeds' means (NaN with one seed), `left_out`, how many results lack a score (HD95
+    where nothing was found; Dice, AVD and HD95 where nothing is there) and are left out of its mean, and its `costs`."""
     rows = []
     for system, part in scores.groupby("system", sort=False):
         means = part.groupby("seed")[list(SCORES)].mean()
-        row = dict(system=system, seeds=len(means), n=part.case.nunique(), no_hd95=int(part.hd95.isna().sum()))
+        row = dict(system=system, seeds=len(means), n=part.case.nunique(), left_out=", ".join(f"{HEADS[s]} {missing}" for s, missing in part[list(SCORES)].isna().sum().items() if missing))
         for score, values in means.items():
             values = values.dropna()
             half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
             row |= {score: values.mean(), f"{score}_low": values.mean() - half, f"{score}_high": values.mean() + half}
         rows.append(row)
-    table = pd.DataFrame(rows, columns=["system", "seeds", "n", "no_hd95", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high"))])
+    table = pd.DataFrame(rows, columns=["system", "seeds", "n", "left_out", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high"))])
     return table if costs is None else table.merge(costs, on="system", how="left")
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """The whole numbers, each once, that the parameter `name` holds as "0 1 2". RecipeError for anything else."""
+    if not re.fullmatch(r"\s*(\d+(\s+|$))*", text) or len(set(text.split())) < len(text.split()):
+        raise RecipeError(f'{name} = "{text}" is impossible: expected whole numbers with spaces between them, each once, such as "0 1 2"')
+    return [int(number) for number in text.split()]
 
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:

@@ -55,9 +55,11 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
     A string that is no existing path is split as a shell would, so a path with spaces stands in quotes when it is one of
     several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR; where
     `inputs` are T1 alone, a folder or table is searched for T1w scans.
-    Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, or a T1
-    with more than one FLAIR.
+    Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, for a T1
+    with more than one FLAIR or beside a T1w scan, and where `inputs` are those of images.
     """
+    inputs = inputs or Inputs()
+    _need_scans(inputs)
     columns = ["case", "subject", "session", "site", "flair", "t1"]
     tables = [pd.DataFrame(columns=columns)]
     for item in _paths(flair):
@@ -67,10 +69,17 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
             tables.append(pd.DataFrame([[stem(item), "", "", "", str(item.absolute()), ""]], columns=columns))
     scans = pd.concat(tables, ignore_index=True)
     if scans.empty:
-        raise InputError("no scan is named: give a FLAIR file, several, a folder or a CSV table")
+        raise InputError(f"no scan is named: give a {'T1w' if inputs.t1_alone else 'FLAIR'} file, several, a folder or a CSV table")
+    if t1 and inputs.t1_alone:
+        raise InputError(f"these weights look at T1w scans alone: name them in flair (FLAIR=... of make predict), and leave t1 ({t1}) empty")
     if t1 and len(scans) > 1:
         raise InputError(f"one T1 ({t1}) is given for {len(scans)} FLAIR: list them in a CSV table with subject, flair, t1")
     return scans.assign(t1=str(Path(t1).expanduser().absolute())) if t1 else scans
+
+
+def _need_scans(inputs: Inputs) -> None:
+    if inputs.images:
+        raise InputError("these weights are for images, not for scans: wmhlib.album segments those (make predict FLAIR=folder RUN=... calls it)")
 
 
 def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True, processes: PartialState | None = None) -> pd.DataFrame:
@@ -86,8 +95,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
     """
     if scans.empty:
         raise InputError("no scan is given: expected one or more")
-    if engine.recipe.inputs.images:
-        raise InputError("these weights are for images, not for scans: wmhlib.album segments those (make predict FLAIR=folder RUN=... calls it)")
+    _need_scans(engine.recipe.inputs)
     out = Path(os.path.abspath(Path(out).expanduser()))
     scans = scans.assign(flair=[os.path.abspath(path) for path in scans["flair"]]).drop_duplicates("flair").fillna("")
     for flair in map(Path, scans["flair"]):

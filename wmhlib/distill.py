@@ -66,7 +66,8 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = _Job(settings, train, val, device)
-    origin = {"settings": json.dumps(dataclasses.asdict(settings)), "teacher": job.teacher.sha256, "data": job.data}
+    placeless = dataclasses.replace(settings, teacher=dataclasses.replace(settings.teacher, checkpoint=""))  # the file may have moved
+    origin = {"settings": json.dumps(dataclasses.asdict(placeless)), "teacher": job.teacher.sha256, "data": job.data}
     with Keeper(RunFolder(folder)) as keeper:
         state = keeper.newest(lambda state: [name for name in origin if {key: state[key] for key in _STATE}["origin"][name] != origin[name]])
         history = job.load(state) if state else []

@@ -15,7 +15,7 @@ from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
 from .errors import InputError, RecipeError
 from .settings import Recipe
-from .workspace import RunFolder, read_table, write_atomic, write_table
+from .workspace import RunFolder, read_json, read_table, write_atomic, write_table
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
 KAGGLE_DATASET = "farahmo/wmh-dataset"
@@ -212,7 +212,7 @@ def _is_unpacked(archive: Path, t1: bool) -> bool:
     note = archive.with_suffix(".done")
     try:
         done = json.loads(note.read_text())
-        return (done["t1"] or not t1) and all(fetch.length(archive.parent / name) == size for name, size in done["files"].items())
+        return bool(done["files"]) and (done["t1"] or not t1) and all(fetch.length(archive.parent / name) == size for name, size in done["files"].items())
     except (OSError, ValueError, KeyError, TypeError):  # no note, or of another kind
         return False
 
@@ -221,8 +221,10 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
     wanted = {"seed": recipe.seed, "cases": recipe.cohort.synthetic_cases, "scale": recipe.cohort.scale, "scanners": recipe.cohort.scanners}
     wanted |= {"heads": list(recipe.cohort.heads)} if recipe.cohort.heads else {}
     note = folder / SYNTHETIC_NOTE
-    if note.exists() and json.loads(note.read_text()) == wanted:
+    if note.exists() and read_json(note) == wanted:
         return
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: set data_dir to a folder for the synthetic cases")
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()) and not note.exists():
         raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
                          "empty folder, or source to 'folder' to use what is there")

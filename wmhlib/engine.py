@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -67,13 +67,14 @@ class WMHInferenceEngine:
 
     @classmethod
     def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:
-        """The best weights of a run, with its operating point where 04_search has left one. Raises CheckpointError for weights
+        """The best weights of a run, with its operating point where 04_search has left one and the views of its recipe.json. Raises CheckpointError for weights
         that were trained on another split than the run's, whose test cases they may know."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
         model, split = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
         if run.split_csv.exists() and split and split != run.split_text():
             raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
                                   "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
+        model.recipe = replace(model.recipe, operating=run.recipe().operating)
         point = run.point() if run.operating_point.exists() else None
         return cls(model, device, point=point)
 

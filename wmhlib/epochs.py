@@ -29,7 +29,7 @@ from .tasks import task_of
 from .trained import TrainedNet
 from .workspace import RunFolder, stable_seed
 
-_DIVERGED = 3.0  # times the lowest training loss of an epoch before: a network that collapsed, not a bad epoch
+_DIVERGED, _COLLAPSED = 3.0, 0.5  # times the lowest and the first training loss of the epochs before: a network that collapsed, not a bad epoch
 _Places = list[tuple[int, ...]]  # (case, and where in it)
 
 
@@ -76,10 +76,11 @@ def learning_rate(epoch: float, settings: Training) -> float:
     return settings.lr_min + 0.5 * (settings.lr - settings.lr_min) * (1 + math.cos(math.pi * phase))
 
 
-def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, lowest: float) -> tuple[dict[str, float], int]:
+def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, before: list[float]) -> tuple[dict[str, float], int]:
     """Every slice or patch that `epoch` (from 1) draws, once. Returns the last learning rate with the means over these of the loss and
     its parts, and their number. Raises WMHError, with the step's micro-batch of the largest gradient in failed_batch.safetensors, for a
-    loss or gradient that is not finite, and for a mean loss above three times `lowest`, the least of the epochs before."""
+    loss or gradient that is not finite, and for a mean loss above three times the least of those `before`, of the earlier epochs, and
+    above half of the first (where a warm restart ends in an overfitted network, it has not come so far)."""
     settings, accelerator = job.recipe.training, job.accelerator
     places = _order(job, cases, epoch)
     steps = _cut(places, settings.batch_size * settings.accumulation)
@@ -117,10 +118,10 @@ def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, lowest: flo
             job.average.update(number)
         job.optimizer.zero_grad()
     means = dict(zip(job.parts, (sums.sum(0) / len(places)).tolist()))
-    if means["train_loss"] > _DIVERGED * lowest and not settings.slices:  # of few slices the loss jumps
+    if before and means["train_loss"] > max(_DIVERGED * min(before), _COLLAPSED * before[0]) and not settings.slices:  # of few slices the loss jumps
         worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
         _stop(job, cases, _cut(steps[worst], settings.batch_size), epoch, worst,
-              f"the loss rose to {means['train_loss']:.3g} from {lowest:.3g} in an epoch before")
+              f"the loss rose to {means['train_loss']:.3g} from {min(before):.3g} in an epoch before")
     return {"lr": lr} | means, len(places)
 
 

@@ -209,11 +209,12 @@ def result_files(run: RunFolder, gallery: list[dict]) -> pd.DataFrame:
 
 
 def score_files(flair: str | Path, reference: str | Path, result: str | Path) -> dict[str, float]:
-    """The challenge's five scores and both volumes (mL) of a mask file against its reference, both on the grid of `flair`."""
+    """The challenge's five scores and both volumes (mL, other pathology in neither) of a mask file, lesion where it is not 0, against its
+    reference, both on the grid of `flair`."""
     scan = load_volume(flair)
-    reference, result = load_mask(reference, scan), load_mask(result, scan)
-    return challenge_scores(reference, result == 1, scan.spacing) | {
-        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result, scan.spacing)}
+    reference, result = load_mask(reference, scan), load_mask(result, scan) > 0
+    return challenge_scores(reference, result, scan.spacing) | {
+        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result & (reference != 2), scan.spacing)}
 
 
 def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:

@@ -41,11 +41,22 @@ def device_memory(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory
-    limits = [psutil.virtual_memory().total]
-    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        text = file.read_text().strip() if file.exists() else "max"
-        limits += [int(text)] if text.isdigit() else []
-    return "CPU", min(limits)
+    return "CPU", min(psutil.virtual_memory().total, *_memory_limits())
+
+
+def _memory_limits(system: Path = Path("/")) -> list[int]:
+    """Bytes that the control groups of this process, and those around them, allow (Linux; version 2, and 1)."""
+    own, limits = system / "proc/self/cgroup", [sys.maxsize]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kinds, group = line.split(":", 2)
+        root, name = ("memory", "memory.limit_in_bytes") if kinds else ("", "memory.max")
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        for folder in (Path(group), *Path(group).parents):
+            file = system / "sys/fs/cgroup" / root / str(folder).lstrip("/") / name
+            text = file.read_text().strip() if file.exists() else "max"
+            limits += [int(text)] if text.isdigit() else []
+    return limits
 
 
 def reset_peak(device: torch.device) -> None:

@@ -46,12 +46,24 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
         place = place / TABLE
     if place.is_dir():
         files = _files(place)
-        return _challenge(files, place, contrast) + _bids(files, place, contrast) or _plain(files, place, contrast)
+        found, plain = _challenge(files, place, contrast) + _bids(files, place, contrast), _plain(files, place, contrast)
+        if found and not labelled:
+            _tell_left_out(found, plain, place)
+        return found or plain
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
         return _table(place, labelled, contrast)
     if place.is_file() and place.name.endswith(_SUFFIXES):
         return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
+
+
+def _tell_left_out(found: list[dict], plain: list[dict], place: Path) -> None:
+    """Names the scans of a folder whose others are in a layout that these are not in: results and sources of those `found` aside."""
+    cases = [path.parent.parent for row in found for path in row["flair"] if path.parent.name == "pre"]
+    own = [path for row in plain for path in row["flair"] if not path.name.startswith("sub-") and "derivatives" not in path.relative_to(place).parts]
+    others = [str(path) for path in own if not any(case in path.parents for case in cases)]
+    if others:
+        print(f"left out {len(others)} scans of {place}, whose others are named as in BIDS or the challenge; give them by themselves:{listed(others)}", flush=True)
 
 
 def stem(path: str | Path) -> str:
@@ -121,6 +133,11 @@ def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
             sessions[_dataset(path, root), entities["sub"], entities.get("ses", "")].append(path)
             if _suffix(path) == SUFFIXES[contrast]:
                 datasets[entities["sub"]].add(_dataset(path, root))
+    for dataset, subject, session in [place for place in sessions if not place[2]]:
+        named = [place for place in sessions if place[:2] == (dataset, subject) and place[2]]
+        own = sessions[dataset, subject, session]
+        if len(named) == 1 and not any(_suffix(path) == SUFFIXES[contrast] for path in own):  # masks of the only session, which they do not name
+            sessions[named[0]] += sessions.pop((dataset, subject, session))
     several = any(len(found) > 1 for found in datasets.values())
     sites = {dataset: _sites(dataset) for dataset, _, _ in sessions}
     rows = []

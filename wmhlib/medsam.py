@@ -147,7 +147,7 @@ def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> dict[str, Tensor
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by name. No code in it can run; CheckpointError if it cannot be read."""
-    path = BASE if str(path) == SHIPPED else Path(path)
+    path = BASE if str(path) == SHIPPED else Path(path).expanduser()
     try:
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist: correct the path, which a run that has begun keeps as encoder.checkpoint in its recipe.json")

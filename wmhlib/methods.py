@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .agreement import RESAMPLES
+from .agreement import FEWEST_CASES, FEWEST_PAIRS, RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
 from .sections import SHIPPED
@@ -32,8 +32,11 @@ _ZONES = "Lesions within 10 mm of the ventricles counted as periventricular (DeC
 _LOW_RANK = {"lora": "LoRA (Hu et al. 2021)", "rslora": "rsLoRA (Kalajdzievski 2023)", "dora": "DoRA (Liu et al. 2024)", "pissa": "PiSSA (Meng et al. 2024)",
              "adalora": "AdaLoRA (Zhang et al. 2023, pruned to two thirds of its singular values by the end of training)"}
 _SENSITIVE = ", with the lowest threshold whose mean Dice was within one standard error of the best"
-_ZERO_SHOT = (" and, as a bound that no system can be held to, the base before any adaptation, prompted with the reference's bounding box of each lesion on each slice "
-              "(zero-shot)")
+_ZERO_SHOT = (" and, for orientation since it is told where every lesion lies, the base before any adaptation, prompted with the reference's bounding box of each "
+              "lesion on each slice (zero-shot)")
+_INTERVALS = f"means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015)"
+_TESTS = "systems were compared by Wilcoxon signed-rank tests with Holm's correction"
+_VOLUMES = "volumes were compared by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979)"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Story:
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
-        what = "**External validation**: cases of another source" if self.external else "Test cases of the run"
+        known = sorted(set(self.evaluated.site) & set(self.trained_on.site[self.trained_on.split != "test"]))
+        what = ("Test cases of the run" if not self.external else "**External validation**: cases of other sites" if not known else
+                f"Labelled cases of another folder, of sites that were trained on too ({', '.join(known)})")
         return f"{what}, n = {len(self.evaluated)} {self.data} ({_sites(self.evaluated)}). Recipe {self.recipe.name}, seed {self.recipe.seed}."
 
     def card(self) -> pd.DataFrame:
@@ -96,7 +101,8 @@ class Story:
         """The methods, ready to be edited into a paper."""
         recipe, training, augment, point = self.recipe, self.recipe.training, self.recipe.augment, self.point
         parts, images, whole = self.trained_on.split.value_counts(), recipe.inputs.images, bool(recipe.volume.network)
-        zones = not images and (not recipe.inputs.t1_alone or any(self.evaluated.get("ventricles", "")))
+        zones = not images and any(self.evaluated.get("ventricles", ""))
+        statistics = "; ".join([_INTERVALS] * (len(self.evaluated) >= FEWEST_CASES) + [_TESTS] * (len(self.evaluated) >= FEWEST_PAIRS) + [_VOLUMES])
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
         moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
@@ -123,9 +129,7 @@ class Story:
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
             f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
-            f"Means have 95 % bootstrap intervals over cases ({RESAMPLES:,} resamples, expanded percentiles, Hesterberg 2015); systems were compared by Wilcoxon signed-rank tests "
-            "with Holm's correction; volumes by bias and limits of agreement (Bland and Altman 1999) and ICC(2,1) and ICC(3,1) (Shrout and Fleiss 1979). "
-            f"{_ZONES * zones}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
+            f"{statistics[0].upper()}{statistics[1:]}. {_ZONES * zones}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
         return words(self.data)(text)
 
@@ -133,9 +137,10 @@ class Story:
         """What the figures do not show, as a Markdown list."""
         n = len(self.evaluated)
         known = set(self.trained_on.site[self.trained_on.split == "train"])
-        validation = f"{self.point['n']} validation cases"
+        validation = f"{self.point['n']} validation case{'s' * (self.point['n'] > 1)}"
         images = self.recipe.inputs.images
-        points = [f"{n} case{'s' * (n > 1)}: intervals are wide, and a test between systems finds large differences only."] * (n < 30)
+        few = "intervals are wide, and a test between systems finds large differences only" if n >= FEWEST_PAIRS else "too few to test one system against another"
+        points = [f"{n} case{'s' * (n > 1)}: {few}."] * (n < 30)
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
         elif "synthetic" in self.source:
@@ -143,7 +148,8 @@ class Story:
         if not self.recipe.volume.network and self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
             points.append("The encoder started from random weights, not from those of MedSAM.")
         if self.external:
-            points.append(f"Operating point and limit of the flag were chosen on {validation} of {', '.join(sorted(known))}; probabilities shift between scanners.")
+            chosen_on = ", ".join(sorted(set(self.trained_on.site[self.trained_on.split == "val"])))
+            points.append(f"Operating point and limit of the flag were chosen on {validation} of {chosen_on}; probabilities shift between scanners.")
         elif images:
             points.append("The split is that of the data: whether two images show one person, it does not say.")
         elif set(self.evaluated.site) <= known:

@@ -66,7 +66,7 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
 
 def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Recipe:
     """`recipe` for `encoder` under LoRA of rank 8, with cross-entropy + Dice as its loss; whoever is compared gets the same."""
-    adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK)
+    adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK, neck=False)
     return replace(recipe, encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
 
 

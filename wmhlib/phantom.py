@@ -20,6 +20,7 @@ from .errors import InputError
 from .scan import SITES, Case, Scan
 from .scanners import KINDS, make_scan
 from .sections import Inputs, head_name
+from .slicestore import TISSUE
 from .workspace import stable_seed, write_atomic
 
 _DEALT = {"challenge": SITES, "stroke": strokes.SITES}
@@ -32,7 +33,7 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
     `*_label-L_desc-T1lesion_mask.nii.gz` and `*_label-ventricles_mask.nii.gz`. Returns the table of `cohort.find_cases`.
 
     `scanners`: "challenge" deals them over its three sites, "mixed" or one of `scanners.KINDS` makes each in a scanner of its own: no T1 then, but
-    `tissue.nii.gz`, "stroke" over the sites of `strokes`. Of scanners of their own every second, third, ... case has the brain of one of the T1w scans `heads`, at a
+    `synthetic_tissue.nii.gz`, "stroke" over the sites of `strokes`. Of scanners of their own every second, third, ... case has the brain of one of the T1w scans `heads`, at a
     site of that name (`sections.head_name`). The same seed gives the same files, and a case does not depend on how many others there are. `scale`
     coarsens the in-plane voxels, those of strokes along all axes. Raises InputError for fewer than one case, and for heads of no use.
     """
@@ -48,7 +49,7 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
         site = scanners if name in brains else name
         case = make_case(site, stable_seed(seed, name, index), scale, brains.get(name, ""))
         place = Path(folder) / "training" / (SITES[site].path if site in SITES else name) / str(index)
-        files = ("pre/FLAIR", "pre/T1", "wmh", "ventricles", "tissue")
+        files = ("pre/FLAIR", "pre/T1", "wmh", "ventricles", TISSUE)
         if site in strokes.SITES:
             subject = f"sub-{site.lower()}s{index + 1:03d}"
             place = Path(folder) / site / subject / "ses-1" / "anat"

@@ -88,7 +88,8 @@ class StepStatistics:
 
 class Average:
     """Exponential moving average of `live` tensors: average = d average + (1 - d) live after each step, with
-    d = min(decay, (1 + step) / (10 + step)), so that the first steps do not hold on to the start. With decay 0 it does nothing."""
+    d = min(decay, (1 + step) / (10 + step)), so that the first steps do not hold on to the start; singular values that AdaLoRA has pruned are
+    0 in it too. With decay 0 it does nothing."""
 
     def __init__(self, live: dict[str, Tensor], decay: float):
         self.decay, self.live = decay, live if decay else {}
@@ -100,6 +101,8 @@ class Average:
         for name, tensor in self.live.items():
             if tensor.is_floating_point():
                 self.state[name].lerp_(tensor, share)
+                if "lora_E" in name:
+                    self.state[name].masked_fill_(tensor == 0, 0.0)
             else:
                 self.state[name].copy_(tensor)
 

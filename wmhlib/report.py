@@ -56,9 +56,10 @@ def paired_table(metrics: pd.DataFrame, seed: int = 42, baseline: str = SYSTEMS[
 def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     """`search.compare`, ready to read."""
     volume = {"mm3 at least": compared.min_mm3} if compared.min_mm3.any() else {}
+    left_out = {"without Dice": compared.left_out} if compared.left_out.any() else {}
     return pd.DataFrame({"threshold": compared.threshold, "voxels at least": compared.min_voxels, **volume,
                          "TTA": compared.tta.map({True: "yes", False: "no"}), "validation Dice": intervals(compared, "dsc", 3),
-                         "difference": intervals(compared, "difference", 3, "+")}).set_axis(compared.point.rename("point"))
+                         "difference": intervals(compared, "difference", 3, "+"), **left_out}).set_axis(compared.point.rename("point"))
 
 
 def volume_table(own: pd.DataFrame) -> pd.DataFrame:
@@ -95,12 +96,13 @@ def case_table(own: pd.DataFrame, flags: pd.DataFrame) -> pd.DataFrame:
 
 
 def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
-    """White matter within 10 mm of the ventricles and beyond: Dice over cases, lesions found, mean volumes (mL). No row where no
-    case has a ventricle mask."""
+    """White matter within 10 mm of the ventricles and beyond: Dice over cases, those left out that have none there, lesions found, mean
+    volumes (mL). No row where no case has a ventricle mask."""
     rows = {}
     for zone, cases in zones.groupby("zone", sort=False):
         found = lesions[(lesions.zone == zone) & (lesions.kind == "reference")].hit
-        rows[zone] = {"n": len(cases), "Dice": interval(*agreement.bootstrap_ci(cases.dsc, seed)[:3], 2), "reference lesions": len(found),
+        *dice, left_out = agreement.bootstrap_ci(cases.dsc, seed)
+        rows[zone] = {"n": len(cases), "Dice": interval(*dice, 2), "left out": left_out, "reference lesions": len(found),
                       "found": int(found.sum()), "reference (mL)": f"{cases.reference_ml.mean():.2f}", "result (mL)": f"{cases.result_ml.mean():.2f}"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("zone")
 
@@ -205,9 +207,10 @@ _CAPTIONS = {
         "Lesions of {n} {data} by size, pooled over cases: how many of the reference's are touched by the result (recall), and of the result's by the "
         "reference (precision). Whole cases are redrawn for the intervals.",
     "zones":
-        "The same cases within 10 mm of the ventricles (periventricular) and beyond (deep), mean Dice with 95 % interval and mean volumes.",
+        "Those of {n} {data} that have a ventricle mask, within 10 mm of the ventricles (periventricular) and beyond (deep). Dice (mean, 95 % interval; left out "
+        "where a zone holds neither reference nor result) and volumes part at 10 mm, voxel by voxel; a lesion counts whole, as periventricular where any of it is near.",
     "flag":
-        "How often the flag of unsure cases was right in {n} {data}, with Wilson's 95 % intervals: a case is poor below the Dice that bounds the worst quarter "
+        "How often the flag of unsure cases was right in {n} {data}, with 95 % intervals (Wilson's; rho's bootstrap): a case is poor below the Dice that bounds the worst quarter "
         "of the validation cases. Good: poor cases flagged (sensitivity), others not (specificity), rho near -1.",
     "cases":
         "Every one of {n} {data} at the operating point; entropy is the mean over voxels with a probability of 0.05 or more. A click on a column's head sorts by it.",

@@ -28,22 +28,25 @@ def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, p
     mm3 (`unit`), scored as `metrics.challenge_scores` does. The recipe's own point is always on the grid.
 
     Returns two tables. One row a point: `threshold`, `size`, `unit`, `tta`, `dsc` (mean over cases), `se` (its standard
-    error), `n`, `nans` (cases without a lesion, left out of all points alike), `dsc <case>` for each case, and `plateau`, whether it
-    belongs to the `plateau`. One row a case:
+    error), `n`, `nans` (cases without a lesion in which the point finds nothing: they have no Dice and are left out), `dsc <case>` for each
+    case, and `plateau`, whether it belongs to the `plateau`. One row a case:
     `case`, `uncertainty` and `z <t>`, the Dice of `(flair_z > t) & inner`. Raises InputError for a case of another split
-    than "val", the same case twice, or no case at all.
+    than "val", the same case twice, or no case with a lesion.
     """
     thresholds = sorted({*operating.thresholds, operating.threshold})
     sizes = [("voxels", float(s)) for s in sorted({*operating.sizes, operating.min_voxels})]
     sizes += [("mm3", float(s)) for s in sorted(set(operating.sizes_mm3))]
-    scores, rows = {}, []
+    scores, rows, lesions = {}, [], 0
     for case in _validation(cases):
         lesion, ignored = reference_parts(np.ascontiguousarray(case["reference"]))
+        lesions += lesion.any()
         smallest_kept = [smallest(_size(unit, size), case["spacing"]) for unit, size in sizes]
         scores[PER_CASE + case["case"]] = np.concatenate(
             [_dice_grid(case[prob], lesion, ignored, thresholds, smallest_kept).ravel() for prob in ("prob", "prob_tta")])
         rows.append({"case": case["case"], "uncertainty": case_uncertainty(case["prob"], case["prob_tta"]),
                      **_dice_above(case["flair_z"], case["inner"] & ~ignored, lesion)})
+    if not lesions:
+        raise InputError("no validation case has a lesion: expected one at least, so that points differ in Dice")
     grid = pd.DataFrame([(threshold, size, unit, tta) for tta in (False, True) for threshold in thresholds for unit, size in sizes],
                         columns=["threshold", "size", "unit", "tta"])
     per_case = pd.DataFrame(scores)
@@ -51,7 +54,7 @@ def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, p
     summary = pd.DataFrame({"dsc": per_case.mean(axis=1), "se": per_case.std(axis=1) / np.sqrt(n), "n": n,
                             "nans": len(scores) - n})
     table = pd.concat([grid, summary, per_case], axis=1)
-    return table.assign(plateau=plateau(table) if n.any() else False), pd.DataFrame(rows)
+    return table.assign(plateau=plateau(table)), pd.DataFrame(rows)
 
 
 def plateau(table: pd.DataFrame) -> pd.Series:
@@ -85,10 +88,7 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre"
     `min_voxels` and `min_mm3` (both must be reached), `tta`, `dsc` and `se` (mean validation Dice and its standard error; None
     for one case), `n`, `best_dsc` (of the best single point), `plateau_points`; `zscore_threshold`, the baseline's with the
     best mean Dice; `unsure_above` and `poor_below`, the limits of the flag for unsure cases (`uncertainty.unsure_limit`).
-    Raises InputError where no point has a Dice.
     """
-    if not table.dsc.notna().any():
-        raise InputError("no point of the search table has a Dice: no validation case has a lesion")
     inside = table.index[plateau(table)]
     steps = _steps(table).loc[inside, ["threshold", "size"]]
     distance = ((steps - steps.mean()) ** 2).sum(axis=1).round(9)
@@ -152,33 +152,35 @@ def _steps(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, thresholds: list, sizes: list) -> np.ndarray:
-    """Dice of one case, thresholds (ascending) x sizes (voxels), NaN without a lesion.
+    """Dice of one case, thresholds (ascending) x sizes (voxels), NaN where there is no lesion and none is found.
 
     Each threshold is labelled once, in the box of its own voxels. What a smallest size keeps follows from how many voxels
     each component has, of all, of the lesion and of those that count.
     """
     lesion_size = np.count_nonzero(lesion)
-    dice = np.full((len(thresholds), len(sizes)), np.nan)
-    if not lesion_size:
-        return dice
+    dice = np.empty((len(thresholds), len(sizes)))
     box = bounding_box(prob >= thresholds[0])
     prob, lesion, counts, sizes = np.ascontiguousarray(prob[box]), lesion[box], ~ignored[box], np.asarray(sizes)
     for row, threshold in enumerate(thresholds):
         at, labels, count = components(prob >= threshold)
         whole, hit, counted = (np.bincount(labels[part], minlength=count + 1) for part in (..., lesion[at], counts[at]))
         kept = whole >= sizes[:, None]
-        dice[row] = 2 * (kept @ hit) / (lesion_size + kept @ counted)
+        dice[row] = _dice(kept @ hit, lesion_size + kept @ counted)
     return dice
 
 
+def _dice(both: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Dice of masks with `both` voxels in common and `total` in all; NaN for two empty ones."""
+    return np.divide(2 * both, total, out=np.full(len(total), np.nan), where=total > 0)
+
+
 def _dice_above(flair_z: np.ndarray, allowed: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
-    """Dice of `flair_z > t` within `allowed`, by "z <t>" for every t of ZSCORES (NaN without a lesion)."""
+    """Dice of `flair_z > t` within `allowed`, by "z <t>" for every t of ZSCORES."""
     levels = ZSCORES.astype(np.float32)
 
     def above(values: np.ndarray) -> np.ndarray:
         passed = np.bincount(np.searchsorted(levels, values[values > levels[0]]), minlength=len(levels) + 1)
         return np.cumsum(passed[::-1])[::-1][1:]
 
-    both, total = above(flair_z[allowed & lesion]), int(lesion.sum()) + above(flair_z[allowed])
-    dice = 2 * both / total if lesion.any() else np.full(len(levels), np.nan)
+    dice = _dice(above(flair_z[allowed & lesion]), int(lesion.sum()) + above(flair_z[allowed]))
     return dict(zip((f"z {t:g}" for t in ZSCORES), dice.tolist()))

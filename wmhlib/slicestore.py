@@ -23,6 +23,8 @@ from .errors import InputError, WMHError
 from .sections import Inputs
 from .volumes import AIR, Case, case_canvas, load_case, load_volume
 
+TISSUE = "synthetic_tissue"  # the map of tissues beside a synthetic case's mask: a name that no data set has
+
 
 @dataclass(frozen=True)
 class CaseSlices:
@@ -104,7 +106,7 @@ def _prepared(row, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _tissues(mask: str, case: Case, size: int) -> Tensor:
     """The tissues that lie beside a synthetic case's mask, D x size x size, or zeros."""
-    path = Path(mask).with_name("tissue.nii.gz")
+    path = Path(mask).with_name(f"{TISSUE}.nii.gz")
     tissue = load_volume(path).data if path.is_file() else np.zeros((1, 1, 1))
     labels = torch.zeros(case.grid.depth, size, size, dtype=torch.uint8)
     for kind in np.unique(tissue)[1:]:

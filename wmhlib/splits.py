@@ -159,7 +159,7 @@ def _fold(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:
     """Subjects of one site and alike in burden go to different folds, in a seeded order; the smallest folds are filled first."""
     folds, size = recipe.split.folds, np.zeros(recipe.split.folds, int)
     if len(units) < folds:
-        raise InputError(f"{len(units)} subjects do not fill {folds} folds: set split.folds to {len(units)} or less")
+        raise InputError(f"{len(units)} subjects do not fill {folds} folds: set split.folds (in notebook 09 folds) to {len(units)} or less")
     fold = pd.Series(0, index=units.index)
     for site, rows in units.groupby("site"):
         rng = np.random.default_rng(stable_seed(recipe.seed, "folds", site))

@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--data", default="", help="folder or CSV of cases; without it a preset's synthetic cohort")
     parser.add_argument("--source", default="", help="synthetic, folder, kaggle or dataverse")
-    parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file; for distill the teacher's")
+    parser.add_argument("--medsam", default="", help="zenodo, or a checkpoint file; for distill the file of the teacher")
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")

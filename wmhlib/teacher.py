@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
     settings = PRESETS[preset]
     encoder, student = (replace(ENCODERS[kind], bits=old.bits) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
     if teacher:
-        encoder = replace(encoder, checkpoint=teacher, random=False)
+        path = teacher if teacher == SHIPPED else str(Path(teacher).expanduser().absolute())
+        encoder = replace(encoder, checkpoint=path, random=False)
     return replace(settings, teacher=encoder, student=replace(student, pixels=encoder.pixels), inputs=inputs, seed=seed)
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -121,15 +122,17 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     with _fitted(job, sum(c.images.nbytes + c.labels.nbytes for c in train + val), len(history) + 1, progress) as monitor:
         while not _finished(history, settings):
             epoch = len(history) + 1
-            row, drawn = train_epoch(job, monitor, train, epoch, min((row["train_loss"] for row in history), default=math.inf))
+            row, drawn = train_epoch(job, monitor, train, epoch, [row["train_loss"] for row in history])
             row = {"epoch": epoch} | row
             with job.average.swapped_in():
                 if epoch % settings.validate_epochs == 0 or epoch == settings.epochs:
                     row |= validate(job, val, sites, places)
-                better = _dice(row) > max(map(_dice, history), default=-2.0)
+                highest = max(map(_dice, history), default=-1.0)
+                better = _dice(row) > highest or highest < 0  # until an epoch has a Dice, the last one
                 if better and keeper:
                     best = weights_bytes(job.network, origin)
                     keeper.write(run.best, best)
+                    _drop_point(run)
             history.append(row)
             if keeper:
                 keeper.write(run.history_csv, table_bytes(pd.DataFrame(history)))
@@ -178,9 +181,21 @@ def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -
 
 
 def _differing(state: dict, origin: dict[str, str]) -> list[str]:
-    """What of `origin` is another in a checkpoint. KeyError for a file that lacks something, which is not ours."""
-    whole = {name: state[name] for name in _STATE}
-    return [name for name in origin if whole["origin"][name] != origin[name]]
+    """What of `origin` is another in a checkpoint; where the base lies, which its sha256 tells, and settings that came later do not count.
+    KeyError for a file that lacks something, which is not ours."""
+    there = {name: state[name] for name in _STATE}["origin"]
+    return [name for name in origin if (_placeless(there[name]) != _placeless(origin[name]) if name == "recipe" else there[name] != origin[name])]
+
+
+def _placeless(recipe: str) -> Recipe:
+    known = Recipe.from_json(recipe)
+    return replace(known, encoder=replace(known.encoder, checkpoint=""))
+
+
+def _drop_point(run: RunFolder) -> None:
+    """An operating point is that of the weights it was chosen with."""
+    with contextlib.suppress(OSError):
+        run.operating_point.unlink(missing_ok=True)
 
 
 def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict], bytes]:
@@ -202,6 +217,8 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     for path, content in ((job.run.best, best), (job.run.history_csv, table_bytes(pd.DataFrame(state["history"])))):
         if keeper and (not path.exists() or path.read_bytes() != content):
             keeper.write(path, content)
+            if path == job.run.best:
+                _drop_point(job.run)
     if progress:
         print(f"going on from {keeper.source.name}", flush=True)
     return state["history"], best

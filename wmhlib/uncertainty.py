@@ -7,7 +7,7 @@ import pandas as pd
 import scipy
 from scipy import special
 
-from .agreement import RESAMPLES, wilson
+from .agreement import FEWEST_CASES, RESAMPLES, wilson
 from .errors import InputError
 
 FAINTEST = 0.05  # probability below which a voxel says nothing about lesions
@@ -64,8 +64,8 @@ def flag_table(uncertainty: pd.DataFrame, bar: float, seed: int = 42) -> pd.Data
 
     Rows: "flagged" of all cases, "sensitivity" (of the poor ones flagged), "specificity" (of the others not flagged),
     "positive predictive value" (of the flagged ones poor), "negative predictive value" (of the others not poor), each with
-    `count`, `n`, `value` and its Wilson interval `low`, `high`; and "Spearman rho" of uncertainty and Dice with a bootstrap
-    interval over cases (NaN below three cases). Cases without a Dice are left out.
+    `count`, `n`, `value` and its Wilson interval `low`, `high`; and "Spearman rho" of uncertainty and Dice (NaN below three cases) with a
+    bootstrap interval over cases (none below five). Cases without a Dice are left out.
     """
     cases = uncertainty[np.isfinite(uncertainty.dsc.to_numpy(float))]
     flagged, poor = cases.unsure.to_numpy(bool), cases.dsc.to_numpy(float) < bar
@@ -89,6 +89,6 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, fl
     a, b = (scipy.stats.rankdata(values[draws], axis=1) - (n + 1) / 2 for values in (x, y))
     spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     rho = np.divide((a * b).sum(1), spread, out=np.full(len(draws), np.nan), where=spread > 0)
-    if not np.isfinite(rho[0]):
-        return np.nan, np.nan, np.nan
+    if not np.isfinite(rho[0]) or n < FEWEST_CASES:
+        return float(rho[0]), np.nan, np.nan
     return float(rho[0]), *map(float, np.nanquantile(rho[1:], [0.025, 0.975]))

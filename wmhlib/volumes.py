@@ -95,10 +95,10 @@ def load_mask(path: str | Path, like: Volume) -> np.ndarray:
         return mask.astype(np.uint8)
     image, data = _read(path)
     check_grid(path, image, like)
-    labels = np.unique(data)
-    if not set(labels) <= {0.0, 1.0, 2.0}:
-        raise InputError(f"{path} holds the labels {_some(labels)}: expected only 0, 1 (lesion) and 2 (other pathology)")
-    return data.astype(np.uint8)
+    labels = np.rint(data)  # a scaled integer file holds 1 as 1.00002
+    if not np.isin(labels, (0, 1, 2)).all() or np.abs(data - labels).max() > 0.01:
+        raise InputError(f"{path} holds the labels {_some(np.unique(data))}: expected only 0, 1 (lesion) and 2 (other pathology)")
+    return labels.astype(np.uint8)
 
 
 def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path | None = None,

@@ -61,7 +61,10 @@ class RunFolder:
         return Path("runs", SHIPPED) if self == MINISAM else self.path
 
     def open(self, recipe: Recipe) -> RunFolder:
-        """Makes the folder and writes `recipe` into it; raises RecipeError where it holds the cohort of another recipe."""
+        """Makes the folder and writes `recipe` into it; raises RecipeError where it holds the cohort of another recipe, InputError
+        where no folder can be."""
+        if any(path.is_file() for path in (self.path, *self.path.parents)):
+            raise InputError(f"{self.path} is a file or lies below one: choose a run folder elsewhere")
         if not self.recipe_json.exists() or not self.cohort_csv.exists():
             write_atomic(self.recipe_json, recipe.to_json())
         there, here = _settings(self.recipe()), _settings(recipe)
@@ -121,9 +124,9 @@ class RunFolder:
         return self.cases()[["case", "split"]].to_csv(index=False)
 
     def write_manifest(self) -> Path:
-        """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks,
-        evaluations, derivatives, TensorBoard and few-shot runs."""
-        others = (self.notebooks, *(self.path / name for name in ("evaluations", "derivatives", "tensorboard", "fewshot")))
+        """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks, data (cohort.csv has
+        the scans' digests), evaluations, derivatives, TensorBoard and few-shot runs."""
+        others = (self.notebooks, *(self.path / name for name in ("data", "evaluations", "derivatives", "tensorboard", "fewshot")))
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
                        and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {

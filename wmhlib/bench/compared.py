@@ -20,8 +20,8 @@ _DECIMALS = DECIMALS | dict(dsc=3)  # methods lie close together
 def shown(table: pd.DataFrame, data: str = "") -> pd.DataFrame:
     """The scores of `compare.summary`, ready to read, in the words of `data`."""
     columns = {HEADS[score]: intervals(table, score, _DECIMALS[score]) for score in SCORES}
-    if table.no_hd95.any():
-        columns["without HD95"] = table.no_hd95
+    if table.left_out.any():
+        columns["left out"] = table.left_out.map(in_words(data)).replace("", "none")
     return pd.DataFrame(columns).set_axis(table.system.rename("system")).rename(columns=in_words(data))
 
 
@@ -52,8 +52,8 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
 CAPTIONS = {
     "methods":
         "Mean over {n} test cases ({data}) and {seeds} seeds, in brackets the 95 % t interval over the seeds: one view at 0.5, weights of the epoch that was best "
-        "on validation cases. The same base, cases, budget and rate for all, those of the LoRA recipe. Without HD95: results in which nothing was found, left "
-        "out of its mean. Good: intervals that do not overlap; those that do say that the seeds matter as much.",
+        "on validation cases. The same base, cases, budget and rate for all, those of the LoRA recipe. Left out of a mean: results without that score, since nothing "
+        "was found, or nothing is there. Good: intervals that do not overlap; those that do say that the seeds matter as much.",
     "costs":
         "What each costs. Trained: adapter, decoder, channel adapter and skip; its share is of all parameters of the network, the frozen encoder included and nothing besides. "
         "File: the weights a run leaves. Step: a batch on {machine}, its ratio to that of LoRA at the recipe's ranks, with which it took turns; peak: the whole of a "

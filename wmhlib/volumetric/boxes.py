@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..canvas import LPS
+from ..errors import InputError
 from ..sections import Volume
 from ..volumes import AIR, Case, reorient
 
@@ -79,6 +80,16 @@ def mask_box(mask: np.ndarray, box: Box) -> Tensor:
             if not (result[seen] & (share > 0)).any():
                 result[seen][np.unravel_index(int(share.argmax()), share.shape)] = True
     return result
+
+
+def box_labels(case: Case, box: Box, name: str) -> Tensor:
+    """The labels of `case` as uint8 X x Y x Z. Raises InputError, which tells the mask's `name`, where the box holds none of its lesions."""
+    labels = torch.zeros(box.sizes, dtype=torch.uint8)
+    for label in (2, 1):
+        labels[mask_box(case.mask == label, box)] = label
+    if (case.mask == 1).any() and not (labels == 1).any():
+        raise InputError(f"{name} marks lesions, none of them in the box of {' x '.join(map(str, box.sizes))} voxels around the head: set volume.box larger, or leave the case out")
+    return labels
 
 
 def from_box(prob: Tensor, box: Box) -> np.ndarray:

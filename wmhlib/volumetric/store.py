@@ -9,11 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..sections import Inputs, Volume
 from ..slicestore import load_cases
 from ..volumes import load_case
-from .boxes import case_box, mask_box, place_box
+from .boxes import box_labels, case_box, place_box
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,7 @@ def load_volumes(rows: pd.DataFrame, inputs: Inputs, settings: Volume, progress:
 
 
 def _prepared(row, inputs: Inputs, settings: Volume) -> tuple[Tensor, Tensor]:
-    """Images and labels of `CaseVolume`. InputError where the box holds none of the lesions."""
+    """Images and labels of `CaseVolume`."""
     case = load_case(row.flair, row.t1, row.mask, inputs)
     box = place_box(case, settings)
-    labels = torch.zeros(box.sizes, dtype=torch.uint8)
-    for label in (2, 1):
-        labels[mask_box(case.mask == label, box)] = label
-    if (case.mask == 1).any() and not (labels == 1).any():
-        raise InputError(f"{row.mask} marks lesions, none of them in the box of {' x '.join(map(str, box.sizes))} voxels around the head: set volume.box larger, or leave the case out")
-    return case_box(case, box).half(), labels
+    return case_box(case, box).half(), box_labels(case, box, row.mask)
