@@ -177,8 +177,15 @@ def test_the_sensitive_choice_has_the_lowest_threshold_within_one_standard_error
     dice[3:8, 1] = 0.791, 0.794, 0.8, 0.8, 0.799
     table, validation = table_of(dice, spread=0.0)
     centre, sensitive = (choose(table, validation, prefer) for prefer in ("centre", "sensitive"))
-    assert (centre["threshold"], sensitive["threshold"]) == (0.6, 0.4)
+    assert (centre["threshold"], sensitive["threshold"]) == (0.7, 0.4)
     assert (sensitive["min_voxels"], sensitive["dsc"]) == (centre["min_voxels"], 0.791)
+
+
+def test_points_that_differ_by_next_to_nothing_are_one_plateau_however_surely_they_differ():
+    dice = np.full((9, 3), 0.5)
+    dice[2:7] = 0.8 - 0.0005 * np.arange(5)[:, None]
+    chosen = choose(*table_of(dice, spread=0.0))
+    assert (chosen["threshold"], chosen["min_voxels"], chosen["plateau_points"]) == (0.5, 2, 15)
 
 
 def test_a_clear_best_is_chosen():

@@ -18,7 +18,7 @@ from nibabel.affines import voxel_sizes
 
 from .errors import InputError
 from .metrics import reference_parts
-from .search import plateau
+from .search import NEAR_BEST, plateau
 from .slices import enlarge, head_box, height_mm, label_row, mask_colour, name_sides, outline, show, to_display
 from .workspace import atomic
 
@@ -120,7 +120,7 @@ def search_heatmap(table: pd.DataFrame, chosen: dict, recipe_point: dict | None 
         ax.set_xlabel("threshold")
     fig.colorbar(image, ax=axes, label="mean Dice", extend="min", pad=0.01, aspect=30)
     handles = [Line2D([], [], label="chosen", **_STAR), Line2D([], [], label="recipe's point", **_RECIPE),
-               Line2D([], [], color=VERMILLION, linewidth=2, label="plateau: within one paired standard error of the best")]
+               Line2D([], [], color=VERMILLION, linewidth=2, label=f"plateau: {NEAR_BEST}")]
     fig.legend(handles=handles if recipe_point else handles[::2], loc="outside lower center", ncols=3, **LEGEND)
     return fig
 

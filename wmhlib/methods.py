@@ -10,6 +10,7 @@ import pandas as pd
 from .agreement import FEWEST_CASES, FEWEST_PAIRS, RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
+from .search import NEAR_BEST
 from .sections import SHIPPED
 from .settings import Recipe
 from .volumetric import story as volumes
@@ -124,7 +125,7 @@ class Story:
             f"{', ' + ', '.join(moves) if moves else ''}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
             f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept{f', averaged over the steps (decay {training.ema:g})' if training.ema else ''}, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
-            f"centre of the plateau within one paired standard error of the best Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
+            f"centre of the plateau {NEAR_BEST} Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
             f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"

@@ -10,6 +10,7 @@ from . import agreement, uncertainty
 from .evaluation import SYSTEMS, ZERO_SHOT
 from .figures import captioned, save_figure
 from .metrics import SCORES
+from .search import NEAR_BEST
 from .wording import figure_in, of_images, of_strokes, words
 from .workspace import RunFolder
 
@@ -158,7 +159,7 @@ _CAPTIONS = {
         "that was kept.",
     "search_heatmap":
         "Mean Dice at every operating point tried, over {n} {data} kept for validation; the smallest component counts voxels "
-        "above, mm3 below. Good: a broad plateau (outlined: within one paired standard error of the best) with the chosen point "
+        f"above, mm3 below. Good: a broad plateau (outlined: {NEAR_BEST}) with the chosen point "
         "(star) inside it, or at a lower threshold where the recipe prefers sensitivity; a narrow peak would not carry over to new cases. The diamond is the recipe's own point. No test "
         "case is used here.",
     "comparison":
@@ -236,7 +237,7 @@ _CAPTIONS = {
 _IMAGE_CAPTIONS = {
     "search_heatmap":
         "Mean Dice at every operating point tried, over {n} {data} kept for validation; the smallest object counts pixels. Good: a broad plateau "
-        "(outlined: within one paired standard error of the best) with the chosen point (star) inside it; a narrow peak would not carry over to new images. "
+        f"(outlined: {NEAR_BEST}) with the chosen point (star) inside it; a narrow peak would not carry over to new images. "
         "The diamond is the recipe's own point. No test image is used here.",
     "strata":
         "Where {n} {data} are hard, at the operating point: Dice by marked area (kpx: 1000 pixels), detection by the size of connected objects, "

@@ -16,6 +16,8 @@ from .uncertainty import case_uncertainty, unsure_limit
 
 PER_CASE = "dsc "  # columns "dsc <case>" of the search table
 ZSCORES = np.round(np.arange(0.5, 6.01, 0.1), 2)
+ALIKE = 0.005  # of mean Dice: points closer than that are as good
+NEAR_BEST = f"within one paired standard error, or {ALIKE:g}, of the best"
 _AXES = ["unit", "tta", "threshold", "size"]
 
 
@@ -60,14 +62,15 @@ def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, p
 def plateau(table: pd.DataFrame) -> pd.Series:
     """Which points of a search table form its plateau: the largest connected region of near-best points.
 
-    Near-best: at most one standard error below the best mean, of that mean and of the paired difference between the two
-    points' Dice, whichever is less: a point that ruins one case has a large error itself. Connected: neighbours in threshold or in size, with the same TTA and unit of size; of two
-    regions of one extent the one with the higher mean Dice. A lone spike therefore loses to a plateau it does not clearly beat.
+    Near-best: below the best mean by at most the standard error of the paired difference between the two points' Dice, or by ALIKE where
+    that is more, and never by more than the best mean's own error: a point that ruins one case has a large error itself.
+    Connected: neighbours in threshold or in size, with the same TTA and unit of size; of two regions of one extent the one with the
+    higher mean Dice. A lone spike therefore loses to a plateau it does not clearly beat.
     """
     best = table.dsc.idxmax()
     per_case = table[[c for c in table if c.startswith(PER_CASE)]]
     paired = per_case.loc[best] - per_case
-    error = np.fmin(paired.std(axis=1) / np.sqrt(paired.count(axis=1)), table.se[best]).fillna(0)
+    error = np.fmin(np.fmax(paired.std(axis=1) / np.sqrt(paired.count(axis=1)), ALIKE), table.se[best])
     near = (table.dsc >= table.dsc[best] - error - 1e-12).to_numpy()
     cell = tuple(_steps(table).to_numpy().T)
     grid = np.zeros([axis.max() + 1 for axis in cell], bool)
