@@ -128,6 +128,35 @@ def new_run(split_cohort, tmp_path, request):
     return make
 
 
+@pytest.fixture
+def trouble(monkeypatch):
+    """A file system that fails as it is told: `trouble.begin(kind, folder)` of `keeping.Trouble`."""
+    from keeping import Trouble
+
+    return Trouble(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An empty run folder on a drive, which is the folder above it."""
+    from wmhlib.workspace import RunFolder
+
+    folder = RunFolder(tmp_path / "drive" / "run")
+    folder.path.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def new_keeper(run, tmp_path, monkeypatch):
+    """Opens a Keeper of `run` whose `said` has its sentences; by way of a local folder, or direct."""
+    from keeping import keeper_of
+
+    from wmhlib import storage
+
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    return lambda direct=False, **more: keeper_of(run, None if direct else tmp_path / "local", **more)
+
+
 PLANTED = {name: f"PLANTED-{name}" for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "DATAVERSE_API_TOKEN", "HF_TOKEN")}
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
+from hostile import Payload
 from safetensors.torch import save as to_safetensors
 
 from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, splits, storage, volumes
@@ -257,13 +258,6 @@ def _text_input(text: str, rng: np.random.Generator) -> bytes:
                   text.encode() + b'"' + b"x" * 200_000, b"," * 10_000 + b"\n", text.encode() * 30), rng)
 
 
-class _Runs:
-    """Would write a file if it were unpickled."""
-
-    def __reduce__(self):
-        return os.system, ("touch code-ran",)
-
-
 def _checkpoint_input(seeds: Seeds, rng: np.random.Generator) -> bytes:
     kind = rng.random()
     if kind < 0.6:
@@ -279,12 +273,12 @@ def _checkpoint_input(seeds: Seeds, rng: np.random.Generator) -> bytes:
         return file.getvalue()
     state = dict(seeds.encoder)
     name = _some(list(state), rng)
-    state[name] = _some((_Runs(), None, 1, [state[name]], torch.full_like(state[name], float("nan")), state[name].to_sparse(),
+    state[name] = _some((Payload("code-ran"), None, 1, [state[name]], torch.full_like(state[name], float("nan")), state[name].to_sparse(),
                          state[name].to(torch.complex64), torch.zeros(0), state[name].double(), torch.zeros(1).expand(10**9), {"a": state[name]}), rng)
     if kind < 0.9:
         return _torch_bytes(state)
-    return _some((pickle.dumps({name: _Runs()}), pickle.dumps(_Runs()), b"", bytes(1000), _torch_bytes([1, 2]), _torch_bytes({1: state[name]}),
-                  _torch_bytes(_Runs()), _torch_bytes(seeds.encoder)[:-30]), rng)
+    return _some((pickle.dumps({name: Payload("code-ran")}), pickle.dumps(Payload("code-ran")), b"", bytes(1000), _torch_bytes([1, 2]), _torch_bytes({1: state[name]}),
+                  _torch_bytes(Payload("code-ran")), _torch_bytes(seeds.encoder)[:-30]), rng)
 
 
 def _weights_input(seeds: Seeds, rng: np.random.Generator) -> bytes:
