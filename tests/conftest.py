@@ -59,6 +59,20 @@ def tiny_nifti(tmp_path):
     return write
 
 
+@pytest.fixture
+def touch(tmp_path):
+    """Makes empty files: finding cases looks at names alone."""
+
+    from wmhlib.workspace import write_atomic
+
+    def make(*names):
+        for name in names:
+            write_atomic(tmp_path / name, b"")
+        return tmp_path
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def disc_case():
     """Makes a predicted case: `disc_case(name, site, lesions, codes)`, a disc of brain, a lesion on the patient's right and
