@@ -60,6 +60,32 @@ def tiny_nifti(tmp_path):
 
 
 @pytest.fixture
+def scan(tiny_nifti):
+    """Writes a head with one lesion of 18 voxels of 3 mm3."""
+    from predicting import LESION
+
+    def write(name, **options):
+        path = tiny_nifti(name, **options)
+        image = nibabel.load(path)
+        data = image.get_fdata(dtype=np.float32)
+        data[LESION] = 200
+        nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def quick_figure(monkeypatch):
+    """The figure of a scan's page is not drawn."""
+    from types import SimpleNamespace
+
+    from wmhlib import scanpages
+
+    monkeypatch.setattr(scanpages, "overlay", lambda case: SimpleNamespace(_repr_png_=lambda: b"a figure"))
+
+
+@pytest.fixture
 def touch(tmp_path):
     """Makes empty files: finding cases looks at names alone."""
 
