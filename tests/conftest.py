@@ -208,14 +208,22 @@ def planted_secrets() -> list[str]:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """Notebooks 01 to 05 at toy size: the run folder, and what the suite printed."""
+    """Notebooks 01 to 05 at toy size: the run folder, and what the suite printed. Made once for all workers: write nothing into it."""
+    from filelock import FileLock
+
     from wmhlib import suite
     from wmhlib.workspace import RunFolder
 
-    run = RunFolder(tmp_path_factory.mktemp("runs") / "smoke")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        for name, value in PLANTED.items():
-            patch.setenv(name, value)
-        assert suite.main(["--preset", "smoke", "--run", str(run.path)]) == 0
-    return run, printed.getvalue()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder.mkdir(exist_ok=True)
+    run, printed = RunFolder(folder / "smoke"), folder / "printed.txt"
+    with FileLock(folder / "lock"):
+        if not printed.exists():
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), pytest.MonkeyPatch.context() as patch:
+                for name, value in PLANTED.items():
+                    patch.setenv(name, value)
+                assert suite.main(["--preset", "smoke", "--run", str(run.path)]) == 0
+            printed.write_text(text.getvalue())
+    return run, printed.read_text()
