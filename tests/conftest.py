@@ -59,6 +59,46 @@ def tiny_nifti(tmp_path):
     return write
 
 
+@pytest.fixture
+def scan(tiny_nifti):
+    """Writes a head with one lesion of 18 voxels of 3 mm3."""
+    from predicting import LESION
+
+    def write(name, **options):
+        path = tiny_nifti(name, **options)
+        image = nibabel.load(path)
+        data = image.get_fdata(dtype=np.float32)
+        data[LESION] = 200
+        nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def quick_figure(monkeypatch):
+    """The figure of a scan's page is not drawn."""
+    from types import SimpleNamespace
+
+    from wmhlib import scanpages
+
+    monkeypatch.setattr(scanpages, "overlay", lambda case: SimpleNamespace(_repr_png_=lambda: b"a figure"))
+
+
+@pytest.fixture
+def touch(tmp_path):
+    """Makes empty files: finding cases looks at names alone."""
+
+    from wmhlib.workspace import write_atomic
+
+    def make(*names):
+        for name in names:
+            write_atomic(tmp_path / name, b"")
+        return tmp_path
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def disc_case():
     """Makes a predicted case: `disc_case(name, site, lesions, codes)`, a disc of brain, a lesion on the patient's right and
@@ -128,6 +168,35 @@ def new_run(split_cohort, tmp_path, request):
     return make
 
 
+@pytest.fixture
+def trouble(monkeypatch):
+    """A file system that fails as it is told: `trouble.begin(kind, folder)` of `keeping.Trouble`."""
+    from keeping import Trouble
+
+    return Trouble(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An empty run folder on a drive, which is the folder above it."""
+    from wmhlib.workspace import RunFolder
+
+    folder = RunFolder(tmp_path / "drive" / "run")
+    folder.path.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def new_keeper(run, tmp_path, monkeypatch):
+    """Opens a Keeper of `run` whose `said` has its sentences; by way of a local folder, or direct."""
+    from keeping import keeper_of
+
+    from wmhlib import storage
+
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    return lambda direct=False, **more: keeper_of(run, None if direct else tmp_path / "local", **more)
+
+
 PLANTED = {name: f"PLANTED-{name}" for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "DATAVERSE_API_TOKEN", "HF_TOKEN")}
 
 
@@ -139,14 +208,22 @@ def planted_secrets() -> list[str]:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """Notebooks 01 to 05 at toy size: the run folder, and what the suite printed."""
+    """Notebooks 01 to 05 at toy size: the run folder, and what the suite printed. Made once for all workers: write nothing into it."""
+    from filelock import FileLock
+
     from wmhlib import suite
     from wmhlib.workspace import RunFolder
 
-    run = RunFolder(tmp_path_factory.mktemp("runs") / "smoke")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        for name, value in PLANTED.items():
-            patch.setenv(name, value)
-        assert suite.main(["--preset", "smoke", "--run", str(run.path)]) == 0
-    return run, printed.getvalue()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder.mkdir(exist_ok=True)
+    run, printed = RunFolder(folder / "smoke"), folder / "printed.txt"
+    with FileLock(folder / "lock"):
+        if not printed.exists():
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), pytest.MonkeyPatch.context() as patch:
+                for name, value in PLANTED.items():
+                    patch.setenv(name, value)
+                assert suite.main(["--preset", "smoke", "--run", str(run.path)]) == 0
+            printed.write_text(text.getvalue())
+    return run, printed.read_text()

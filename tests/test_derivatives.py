@@ -1,66 +1,19 @@
 import json
 import os
 import re
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from predicting import LESION, Engine, run, sidecar
 
 from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
 from wmhlib.errors import InputError
-from wmhlib.presets import preset
 
 OVERLAY = scanpages.overlay
-LESION = (slice(10, 13), slice(12, 15), slice(5, 7))
-
-
-class Engine:
-    """Finds the brightest voxels, and counts the scans it was shown."""
-
-    img_size, precision = 64, "no"
-
-    def __init__(self, weight=0.0, recipe="", **point):
-        self.model = SimpleNamespace(fingerprint=lambda: f"{weight:064}")
-        self.recipe = preset("smoke", recipe)
-        self.point = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True) | point
-        self.seen = []
-
-    def predict(self, case):
-        self.seen.append(case.volume.path.name)
-        prob = np.where(case.volume.data > 150, 0.9, 0.1).astype(np.float32)
-        return SimpleNamespace(case=case, prob=prob / 2, prob_tta=prob, skipped=2)
-
-    def segment(self, prediction):
-        return prediction.prob_tta >= self.point["threshold"]
-
-
-@pytest.fixture(autouse=True)
-def quick_figure(monkeypatch):
-    monkeypatch.setattr(scanpages, "overlay", lambda case: SimpleNamespace(_repr_png_=lambda: b"a figure"))
-
-
-@pytest.fixture
-def scan(tiny_nifti):
-    """Writes a head with one lesion of 18 voxels of 3 mm3."""
-    def write(name, **options):
-        path = tiny_nifti(name, **options)
-        image = nibabel.load(path)
-        data = image.get_fdata(dtype=np.float32)
-        data[LESION] = 200
-        nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
-        return path
-    return write
-
-
-def run(engine, paths, out):
-    return derivatives.predict_scans(engine, derivatives.find(paths), out, progress=False)
-
-
-def sidecar(out, name="sub-01"):
-    return json.loads((out / name / "anat" / f"{name}_space-FLAIR_label-WMH_mask.json").read_text())
+pytestmark = pytest.mark.usefixtures("quick_figure")
 
 
 def test_results_are_named_as_bids_names_them_and_lie_on_the_scans_grid(scan, tmp_path):
@@ -145,62 +98,6 @@ def test_not_one_scan_done_is_an_error_that_names_the_first(tmp_path):
     assert "absent.nii.gz" in (tmp_path / "out" / derivatives.INDEX).read_text()
 
 
-def test_a_run_again_skips_what_is_done_and_gives_the_same_table(scan, tmp_path, capsys):
-    paths, out = [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz")], tmp_path / "out"
-    first, second = run(Engine(), paths, out), Engine()
-    before = (out / derivatives.TABLE).read_bytes()
-    pd.testing.assert_frame_equal(derivatives.predict_scans(second, derivatives.find(paths), out), first)
-    assert not second.seen and capsys.readouterr().out.count("(done before)") == 2
-    assert (out / derivatives.TABLE).read_bytes() == before
-
-
-@pytest.mark.parametrize("other", [Engine(weight=1.0), Engine(threshold=0.95), Engine(min_mm3=3.0), Engine(unsure_above=0.1),
-                                   Engine(recipe="operating.views=4")], ids=["weights", "threshold", "size", "limit", "views"])
-def test_other_weights_or_another_point_make_it_again(scan, tmp_path, other):
-    flair, out = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"
-    run(Engine(), flair, out)
-    before = sidecar(out)["MadeWith"]
-    run(other, flair, out)
-    assert other.seen == ["sub-01_FLAIR.nii.gz"] and sidecar(out)["MadeWith"] != before
-
-
-def test_a_changed_input_or_a_damaged_result_is_made_again(scan, tmp_path):
-    flair, out, engine = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out", Engine()
-    run(engine, flair, out)
-    scan("sub-01_FLAIR.nii.gz", spacing=(1, 1, 2))
-    run(engine, flair, out)
-    for ending in ("mask.nii.gz", "probseg.nii.gz", "lesions.tsv", "mask.json"):
-        path = out / "sub-01" / "anat" / f"sub-01_space-FLAIR_label-WMH_{ending}"
-        path.write_bytes(path.read_bytes()[:-9])
-        run(engine, flair, out)
-    assert len(engine.seen) == 6 and sidecar(out)["Result"]["volume_ml"] == pytest.approx(0.036)
-
-
-def test_a_t1_counts_as_input_only_where_the_network_looks_at_it(scan, tmp_path):
-    flair, t1, out = scan("sub-01_FLAIR.nii.gz"), scan("T1.nii.gz"), tmp_path / "out"
-    scans = derivatives.find(flair, t1)
-    for engine, again in ((Engine(), 0), (Engine(recipe="inputs.modalities=['flair','t1']"), 1)):
-        derivatives.predict_scans(engine, scans, out, progress=False)
-        scan("T1.nii.gz", spacing=(1.0, 1.0, 3.0 + 1e-3 * (again + 1)))
-        derivatives.predict_scans(engine, scans, out, progress=False)
-        assert len(engine.seen) == 1 + again
-
-
-def test_an_interrupted_scan_is_not_taken_for_done(scan, tmp_path, monkeypatch):
-    flair, out = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"
-    run(Engine(), flair, out)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scanpages, "scan_page", stop)
-        run(Engine(weight=1.0), flair, out)
-    assert not list(out.rglob("*_mask.json")) and not [path for path in out.rglob(".*") if path.name != ".bidsignore"]
-    engine = Engine()
-    assert run(engine, flair, out).status.tolist() == ["done"] and engine.seen
-
-
 def test_an_interrupted_batch_leaves_table_and_index_of_what_is_done(scan, tmp_path, monkeypatch):
     paths, out, engine = [scan(f"sub-0{i}_FLAIR.nii.gz") for i in (1, 2, 3)], tmp_path / "out", Engine()
     run(Engine(), paths[2], out)
@@ -239,40 +136,12 @@ def test_what_can_be_given_away_names_no_folder_above_the_results(scan, tmp_path
     assert [case["case"] for case in derivatives.worth_a_look(written, out)] == ["sub-01"]
 
 
-def test_a_scan_whose_saving_fails_is_made_anew_and_the_reason_names_its_file_in_the_results(scan, tmp_path, monkeypatch):
-    paths, out = [scan("sub-01_FLAIR.nii.gz"), scan("sub-02_FLAIR.nii.gz")], tmp_path / "out"
-    run(Engine(), paths, out)
-
-    save = derivatives.save_like
-
-    def full(data, volume, path):
-        if "sub-01" in path.name:
-            raise OSError(28, "No space left on device", str(path))
-        save(data, volume, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(derivatives, "save_like", full)
-        assert run(Engine(weight=1.0), paths, out).status.tolist() == ["failed", "done"]
-    assert "No space left on device: 'sub-01/anat/" in pd.read_csv(out / derivatives.TABLE).reason[0]
-    engine = Engine()
-    assert run(engine, paths[0], out).status.tolist() == ["done"] and engine.seen
-
-
 @pytest.mark.parametrize(("point", "text"), [
     (dict(min_voxels=3, min_mm3=3.0), "components below 3 voxels or 3 mm³ left out"), (dict(min_mm3=3.0), "components below 3 mm³ left out"),
     (dict(min_voxels=2), "components below 2 voxels left out"), ({}, "components of every size kept")])
 def test_a_page_names_the_limits_of_size_that_there_are(scan, tmp_path, point, text):
     run(Engine(**point), scan("sub-01_FLAIR.nii.gz"), tmp_path / "out")
     assert f"{text}, mean over" in " ".join(next((tmp_path / "out").rglob("*_report.html")).read_text().split())
-
-
-def test_scans_and_results_moved_together_are_still_done(scan, tmp_path):
-    scan("here/sub-01_FLAIR.nii.gz")
-    run(Engine(), tmp_path / "here" / "sub-01_FLAIR.nii.gz", tmp_path / "here" / "out")
-    (tmp_path / "here").rename(tmp_path / "there")
-    engine = Engine()
-    table = run(engine, tmp_path / "there" / "sub-01_FLAIR.nii.gz", tmp_path / "there" / "out")
-    assert not engine.seen and table.scan.tolist() == ["sub-01"]
 
 
 def test_the_table_and_the_index_keep_the_scans_of_earlier_calls(scan, tmp_path):
