@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -33,12 +34,14 @@ def newest_checkpoint(run):
     return max(run.checkpoints.glob("epoch_*.pt"))
 
 
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
 def assert_same(first, second):
     (weights, history, last), (weights2, history2, last2) = first, second
     assert history == history2
-    assert weights.keys() == weights2.keys() and all(torch.equal(weights[k], weights2[k]) for k in weights)
-    for part in ("network", "average"):
-        assert last[part].keys() == last2[part].keys() and all(torch.equal(last[part][k], last2[part][k]) for k in last[part])
+    assert same(weights, weights2) and same(last["network"], last2["network"]) and same(last["average"], last2["average"])
     moments, moments2 = (state["optimizer"]["state"] for state in (last, last2))
     assert all(torch.equal(moments[p][k], moments2[p][k]) for p in moments for k in moments[p])
     assert torch.equal(last["best"], last2["best"])
@@ -170,7 +173,7 @@ def test_validation_cases_without_a_lesion_still_leave_weights(new_run, monkeypa
     run = new_run("run", "inputs.img_size=32 training.epochs=2")
     training.fit(run, progress=False)
     last = load_checkpoint(newest_checkpoint(run))["network"]
-    assert all(torch.equal(value, last[name]) for name, value in load_network(run.best)[0].trained_state().items()), "the last, since none is better"
+    assert same(load_network(run.best)[0].trained_state(), last), "the last, since none is better"
 
 
 def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_and_stays_stopped(new_run, monkeypatch, capsys):
@@ -181,15 +184,21 @@ def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_
     assert newest_checkpoint(run).name == "epoch_0004.pt" and len(training.fit(run, progress=False)) == 4
 
 
-def test_averaged_weights_are_the_ones_validated_and_kept(new_run):
-    plain, averaged = new_run("plain"), new_run("averaged", OVERRIDES + " training.ema=0.95")
-    training.fit(plain, progress=False), training.fit(averaged, progress=False)
-    ours, theirs = (load_checkpoint(newest_checkpoint(run)) for run in (plain, averaged))
-    assert all(torch.equal(ours["network"][k], theirs["network"][k]) for k in ours["network"]) and not ours["average"]
-    best = int(read_table(averaged.history_csv).val_dice.idxmax()) + 1
-    kept = load_file(averaged.best)
-    assert best < 4 or all(torch.equal(kept[k], theirs["average"][k]) for k in kept)
-    assert not all(torch.equal(kept[k], theirs["network"][k]) for k in kept)
+def test_the_weights_that_validated_best_are_kept_and_ema_averages_them_without_changing_the_training(new_run, monkeypatch):
+    scores, validated, trained = iter(2 * [0.1, 0.5, 0.3]), [], []
+
+    def validate(job, *_):
+        validated.append(copy.deepcopy((job.network.trained_state(), job.average.state)))
+        return {"val_loss": 1.0, "val_dice": next(scores)}
+
+    monkeypatch.setattr(training, "validate", validate)
+    for ema in (0.0, 0.9):
+        run = new_run(f"run{ema}", f"inputs.img_size=32 training.epochs=3 training.ema={ema}")
+        training.fit(run, progress=False)
+        kept, (network, average) = load_file(run.best), validated[-2]
+        trained.append(load_checkpoint(newest_checkpoint(run))["network"])
+        assert same(kept, network) and (same(kept, average) if ema else not average)
+    assert same(*trained)
 
 
 def test_the_dice_of_each_site_stands_beside_the_mean_of_all(new_run):
