@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -201,13 +203,35 @@ def test_the_weights_that_validated_best_are_kept_and_ema_averages_them_without_
     assert same(*trained)
 
 
-def test_the_dice_of_each_site_stands_beside_the_mean_of_all(new_run):
+def test_the_dice_of_each_site_stands_beside_the_mean_of_all_cases(new_run, monkeypatch):
     run = new_run("run", "inputs.img_size=32 training.epochs=1")
-    row = training.fit(run, progress=False).iloc[0]
-    sites = run.cases().query("split == 'val'").site
-    found = [row[f"val_dice {site}"] for site in sites]
-    assert set(sites.map("val_dice {}".format)) == {name for name in row.index if name.startswith("val_dice ")}
-    assert row.val_dice == pytest.approx(sum(found) / len(found)) or sum(map(math.isnan, found))
+    first, second, third = run.cases().query("split == 'val'").site
+    overlap, size = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([4.0, 10.0, 0.0])  # nothing in reference and result of the third
+    monkeypatch.setattr(tasks.Slices, "validate", lambda *_: (torch.zeros(1), overlap, size))
+    row = training.fit(run, progress=False).iloc[0].filter(like="val_dice")
+    expected = {"val_dice": 0.65, f"val_dice {first}": 0.5, f"val_dice {second}": 0.8, f"val_dice {third}": math.nan}
+    assert row.to_dict() == pytest.approx(expected, nan_ok=True)
+
+
+def test_optimiser_and_clipping_are_the_recipes(new_run, monkeypatch):
+    groups, limits = [], set()
+
+    def validate(job, *_):
+        groups.extend(job.optimizer.param_groups)
+        return {"val_loss": 1.0, "val_dice": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, limit: limits.add(limit) or torch.ones(()))
+    training.fit(new_run("run", "inputs.img_size=32 training.epochs=1 training.betas=[0.8,0.95] training.weight_decay=0.3 training.clip_norm=0.7"), progress=False)
+    assert {(group["betas"], group["weight_decay"]) for group in groups} == {((0.8, 0.95), 0.3)} and limits == {0.7}
+
+
+def test_each_epoch_step_and_micro_batch_is_augmented_in_its_own_way():
+    recipe = preset("smoke", "inputs.img_size=32")
+    case = slicestore.CaseSlices("a", torch.randn(1, 2, 32, 32), torch.zeros(2, 32, 32, dtype=torch.uint8))
+    job = SimpleNamespace(recipe=recipe, task=tasks.task_of(recipe), accelerator=SimpleNamespace(device="cpu"))
+    first, again, *others = (epochs._batch(job, [case], [(0, 0), (0, 1)], *number)[0] for number in ((1, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)))
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(new_run, monkeypatch):
