@@ -81,6 +81,29 @@ def test_flips_and_quarter_turns_move_image_and_labels_as_one_and_lose_nothing(s
     assert torch.equal((found > 1)[sure], found_labels.bool()[sure])
 
 
+def test_rotation_turns_by_up_to_its_degrees_either_way():
+    x, y = torch.arange(64) - 31.5, torch.arange(64)[:, None] - 31.5
+    blob = AIR + 4 * torch.exp(-((x - 18) ** 2 + y**2) / 20).expand(200, 1, 64, 64)
+    found, _ = augment(blob, blob.byte(), replace(OFF, rotation=15), torch.Generator().manual_seed(0))
+    angle = torch.rad2deg(torch.atan2(((found - AIR) * y).sum((1, 2, 3)), ((found - AIR) * x).sum((1, 2, 3))))
+    assert 13 < angle.max() < 15.2 and -15.2 < angle.min() < -13
+
+
+@pytest.mark.parametrize("setting", ["gamma", "noise", "contrast", "brightness", "bias_field", "scale"])
+def test_each_setting_changes_each_sample_in_its_own_way_and_only_scale_the_labels(setting):
+    images, labels = (t.expand(4, -1, -1, -1) for t in batch(1))
+    found, found_labels = augment(images, labels, replace(OFF, **{setting: 0.3}), torch.Generator().manual_seed(0))
+    every = [images[0], *found]
+    assert all((one - other).abs().max() > 0.01 for i, one in enumerate(every) for other in every[:i])
+    assert torch.equal(found_labels, labels) == (setting != "scale")
+
+
+def test_noise_is_drawn_for_each_sample_up_to_its_deviation():
+    images = torch.ones(200, 1, 16, 16)
+    found, _ = augment(images, images, replace(OFF, noise=0.1), torch.Generator().manual_seed(0))
+    assert 0.09 < found.flatten(1).std(1).max() < 0.12 and torch.corrcoef(found.flatten(1)).triu(1).abs().max() < 0.5
+
+
 def test_the_same_generator_gives_the_same_batch_within_the_range():
     images, labels = batch(channels=3)
     first, second = (augment(images, labels, Augment(bias_field=0.3), torch.Generator().manual_seed(5))[0] for _ in range(2))

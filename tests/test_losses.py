@@ -1,6 +1,7 @@
 import pytest
 import torch
 from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from torch.nn.functional import binary_cross_entropy_with_logits, max_pool2d
 
 from wmhlib.losses import boundary_loss, dice_loss, focal_loss, total_loss, tversky_loss
 from wmhlib.sections import Loss
@@ -20,6 +21,13 @@ def test_focal_equals_monais(batch):
     torch.testing.assert_close(focal_loss(logits, labels.float(), valid, 0.75, 2.0), expected)
 
 
+def test_focal_is_the_mean_over_valid_pixels_alone(batch):
+    logits, labels, valid = batch
+    valid[..., 16:] = 0
+    half = (t[..., :16] for t in (logits, labels.float(), valid))
+    torch.testing.assert_close(focal_loss(logits, labels.float(), valid, 0.75, 2.0), focal_loss(*half, 0.75, 2.0))
+
+
 def test_dice_equals_monais_over_a_batch(batch):
     logits, labels, valid = batch
     expected = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits, labels.float())
@@ -35,7 +43,7 @@ def test_dice_of_each_mask_is_the_mean_of_theirs(batch):
 
 def test_boundary_loss_of_weight_one_is_plain_cross_entropy(batch):
     logits, labels, valid = batch
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    expected = binary_cross_entropy_with_logits(logits, labels.float())
     torch.testing.assert_close(boundary_loss(logits, labels.float(), valid, 1.0), expected)
 
 
@@ -74,13 +82,29 @@ def test_a_lesion_of_one_pixel_is_a_target_at_every_scale():
         assert scale.grad[0, 0, 13 // factor, 21 // factor] < 0 and (scale.grad < 0).sum() == 1
 
 
-def test_the_parts_add_up_and_a_perfect_answer_costs_nothing(batch):
-    logits, labels, _ = batch
-    scales = [logits, *(torch.zeros(2, 1, 32 // f, 32 // f) for f in (2, 4, 8))]
-    loss, parts = total_loss(logits, scales, labels, Loss())
-    assert set(parts) == {"focal", "dice", "boundary", "scales"} and float(loss) == pytest.approx(float(sum(parts.values())))
-    sure = [40.0 * (2 * torch.nn.functional.max_pool2d(labels.float(), f) - 1) for f in (1, 2, 4, 8)]
+def test_a_perfect_answer_costs_nothing(batch):
+    _, labels, _ = batch
+    sure = [40.0 * (2 * max_pool2d(labels.float(), f) - 1) for f in (1, 2, 4, 8)]
     assert float(total_loss(sure[0], sure, labels, Loss())[0]) < 1e-3
+
+
+def test_every_part_has_the_weights_and_parameters_of_the_recipe(batch):
+    fused, labels, valid = batch
+    labels[..., :8, :8], valid[..., :8, :8] = 2, 0
+    target, (edges, *scales) = (labels == 1).float(), (torch.randn(2, 1, 32 // f, 32 // f) for f in (1, 1, 2, 4, 8))
+    coarse = [(logits, max_pool2d(target, f), valid[..., ::f, ::f]) for logits, f in zip(scales, (1, 2, 4, 8))]
+    border = max_pool2d(target, 3, 1, 1) * max_pool2d(1 - target, 3, 1, 1)
+
+    def both(*args):
+        return focal_loss(*args, 0.6, 1.5) + dice_loss(*args)
+
+    expected = {"focal": 0.5 * focal_loss(fused, target, valid, 0.6, 1.5), "dice": 0.7 * dice_loss(fused, target, valid),
+                "boundary": 1.1 * boundary_loss(fused, target, valid, 4.0), "tversky": 0.9 * tversky_loss(fused, target, valid, 0.8),
+                "scales": sum(weight * both(*one) for weight, one in zip((0.8, 0.4, 0.2, 0.1), coarse)), "edges": 1.3 * both(edges, border, valid)}
+    settings = Loss(0.6, 1.5, boundary_weight=4.0, scale_weights=(0.8, 0.4, 0.2, 0.1), weights=(0.5, 0.7, 1.1), tversky=0.9, tversky_beta=0.8, edges=1.3)
+    loss, parts = total_loss(fused, scales, labels, settings, edges)
+    torch.testing.assert_close(parts, expected)
+    torch.testing.assert_close(loss, sum(expected.values()))
 
 
 def test_tversky_equals_monais(batch):

@@ -160,6 +160,13 @@ def test_a_case_without_a_group_is_named():
         split_by(cases.assign(group=["training"] * 5 + ["test"] * 4, subject=[f"A_{i % 8}" for i in range(9)]), "split.protocol=challenge")
 
 
+def test_a_given_split_is_kept_and_a_subject_in_two_of_its_parts_is_named():
+    cases = made_up({"A": 4}, sessions=2).assign(group=["training"] * 4 + ["val"] * 2 + ["test"] * 2)
+    assert split_by(cases, "split.protocol=given").split.tolist() == ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    with pytest.raises(InputError, match="subject A_1 is on two sides"):
+        split_by(edited(cases, "A_1_1", group="test"), "split.protocol=given")
+
+
 @pytest.mark.parametrize(("sites", "overrides"), [({"A": 2}, ""), ({"A": 1, "B": 1}, ""), ({"A": 2}, "split.protocol=k-fold split.folds=2"),
                                                   ({"A": 9, "B": 1}, "split.protocol=leave-one-site-out split.held_out=A")])
 def test_too_few_subjects_are_refused(sites, overrides):
@@ -196,15 +203,16 @@ def test_a_split_changed_by_hand_is_checked(tmp_path):
             splits.check_split(table, cases)
 
 
-def test_one_file_under_two_names_is_found_through_links(tmp_path):
+@pytest.mark.parametrize("role", ["flair", "mask"])
+def test_one_file_under_two_names_is_found_through_links(tmp_path, role):
     (tmp_path / "real.nii").write_bytes(b"")
     (tmp_path / "link.nii").symlink_to(tmp_path / "real.nii")
     cases = made_up({"A": 9})
     split = split_by(cases)
     pair = [split.case[split.split == part].iloc[0] for part in ("train", "test")]
     files = dict(zip(pair, (str(tmp_path / "real.nii"), str(tmp_path / "link.nii"))))
-    with pytest.raises(InputError, match=rf"flair {tmp_path}/real.nii is on two sides"):
-        splits.check_split(split, cases.assign(flair=[files.get(case, "") for case in cases.case]))
+    with pytest.raises(InputError, match=rf"{role} {tmp_path}/real.nii is on two sides"):
+        splits.check_split(split, cases.assign(**{role: cases.case.map(files).fillna("")}))
 
 
 def test_the_table_counts_cases_and_subjects_of_each_site_and_part():

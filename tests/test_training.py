@@ -1,14 +1,17 @@
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -33,12 +36,14 @@ def newest_checkpoint(run):
     return max(run.checkpoints.glob("epoch_*.pt"))
 
 
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
 def assert_same(first, second):
     (weights, history, last), (weights2, history2, last2) = first, second
     assert history == history2
-    assert weights.keys() == weights2.keys() and all(torch.equal(weights[k], weights2[k]) for k in weights)
-    for part in ("network", "average"):
-        assert last[part].keys() == last2[part].keys() and all(torch.equal(last[part][k], last2[part][k]) for k in last[part])
+    assert same(weights, weights2) and same(last["network"], last2["network"]) and same(last["average"], last2["average"])
     moments, moments2 = (state["optimizer"]["state"] for state in (last, last2))
     assert all(torch.equal(moments[p][k], moments2[p][k]) for p in moments for k in moments[p])
     assert torch.equal(last["best"], last2["best"])
@@ -170,7 +175,7 @@ def test_validation_cases_without_a_lesion_still_leave_weights(new_run, monkeypa
     run = new_run("run", "inputs.img_size=32 training.epochs=2")
     training.fit(run, progress=False)
     last = load_checkpoint(newest_checkpoint(run))["network"]
-    assert all(torch.equal(value, last[name]) for name, value in load_network(run.best)[0].trained_state().items()), "the last, since none is better"
+    assert same(load_network(run.best)[0].trained_state(), last), "the last, since none is better"
 
 
 def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_and_stays_stopped(new_run, monkeypatch, capsys):
@@ -181,24 +186,52 @@ def test_training_stops_where_the_validation_dice_has_not_risen_for_long_enough_
     assert newest_checkpoint(run).name == "epoch_0004.pt" and len(training.fit(run, progress=False)) == 4
 
 
-def test_averaged_weights_are_the_ones_validated_and_kept(new_run):
-    plain, averaged = new_run("plain"), new_run("averaged", OVERRIDES + " training.ema=0.95")
-    training.fit(plain, progress=False), training.fit(averaged, progress=False)
-    ours, theirs = (load_checkpoint(newest_checkpoint(run)) for run in (plain, averaged))
-    assert all(torch.equal(ours["network"][k], theirs["network"][k]) for k in ours["network"]) and not ours["average"]
-    best = int(read_table(averaged.history_csv).val_dice.idxmax()) + 1
-    kept = load_file(averaged.best)
-    assert best < 4 or all(torch.equal(kept[k], theirs["average"][k]) for k in kept)
-    assert not all(torch.equal(kept[k], theirs["network"][k]) for k in kept)
+def test_the_weights_that_validated_best_are_kept_and_ema_averages_them_without_changing_the_training(new_run, monkeypatch):
+    scores, validated, trained = iter(2 * [0.1, 0.5, 0.3]), [], []
+
+    def validate(job, *_):
+        validated.append(copy.deepcopy((job.network.trained_state(), job.average.state)))
+        return {"val_loss": 1.0, "val_dice": next(scores)}
+
+    monkeypatch.setattr(training, "validate", validate)
+    for ema in (0.0, 0.9):
+        run = new_run(f"run{ema}", f"inputs.img_size=32 training.epochs=3 training.ema={ema}")
+        training.fit(run, progress=False)
+        kept, (network, average) = load_file(run.best), validated[-2]
+        trained.append(load_checkpoint(newest_checkpoint(run))["network"])
+        assert same(kept, network) and (same(kept, average) if ema else not average)
+    assert same(*trained)
 
 
-def test_the_dice_of_each_site_stands_beside_the_mean_of_all(new_run):
+def test_the_dice_of_each_site_stands_beside_the_mean_of_all_cases(new_run, monkeypatch):
     run = new_run("run", "inputs.img_size=32 training.epochs=1")
-    row = training.fit(run, progress=False).iloc[0]
-    sites = run.cases().query("split == 'val'").site
-    found = [row[f"val_dice {site}"] for site in sites]
-    assert set(sites.map("val_dice {}".format)) == {name for name in row.index if name.startswith("val_dice ")}
-    assert row.val_dice == pytest.approx(sum(found) / len(found)) or sum(map(math.isnan, found))
+    first, second, third = run.cases().query("split == 'val'").site
+    overlap, size = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([4.0, 10.0, 0.0])  # nothing in reference and result of the third
+    monkeypatch.setattr(tasks.Slices, "validate", lambda *_: (torch.zeros(1), overlap, size))
+    row = training.fit(run, progress=False).iloc[0].filter(like="val_dice")
+    expected = {"val_dice": 0.65, f"val_dice {first}": 0.5, f"val_dice {second}": 0.8, f"val_dice {third}": math.nan}
+    assert row.to_dict() == pytest.approx(expected, nan_ok=True)
+
+
+def test_optimiser_and_clipping_are_the_recipes(new_run, monkeypatch):
+    groups, limits = [], set()
+
+    def validate(job, *_):
+        groups.extend(job.optimizer.param_groups)
+        return {"val_loss": 1.0, "val_dice": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, limit: limits.add(limit) or torch.ones(()))
+    training.fit(new_run("run", "inputs.img_size=32 training.epochs=1 training.betas=[0.8,0.95] training.weight_decay=0.3 training.clip_norm=0.7"), progress=False)
+    assert {(group["betas"], group["weight_decay"]) for group in groups} == {((0.8, 0.95), 0.3)} and limits == {0.7}
+
+
+def test_each_epoch_step_and_micro_batch_is_augmented_in_its_own_way():
+    recipe = preset("smoke", "inputs.img_size=32")
+    case = slicestore.CaseSlices("a", torch.randn(1, 2, 32, 32), torch.zeros(2, 32, 32, dtype=torch.uint8))
+    job = SimpleNamespace(recipe=recipe, task=tasks.task_of(recipe), accelerator=SimpleNamespace(device="cpu"))
+    first, again, *others = (epochs._batch(job, [case], [(0, 0), (0, 1)], *number)[0] for number in ((1, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)))
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(new_run, monkeypatch):

@@ -10,6 +10,7 @@ from wmhlib.errors import InputError
 from wmhlib.sections import Inputs
 from wmhlib.volumes import (
     AIR,
+    BRIGHTEST,
     brain_slices,
     case_canvas,
     load_case,
@@ -86,6 +87,14 @@ def test_normalisation_ignores_units_scalp_and_lesions(head):
     assert abs(np.median(heavy.images[0][tissue])) < 0.3 and heavy.images[0][inside & ~tissue].min() > 5
 
 
+def test_gaussian_tissue_gets_a_deviation_of_one_and_the_extremes_the_ends_of_the_range():
+    data = np.random.default_rng(0).normal(300, 40, (100, 100, 20))
+    data[0, 0, :2] = -1e4, 1e4
+    found = normalise(data, np.ones(data.shape, bool))
+    assert found.std() == pytest.approx(1, rel=0.05) and abs(found.mean()) < 0.1
+    assert found[0, 0, :2].tolist() == [AIR, BRIGHTEST] == [found.min(), found.max()]
+
+
 def test_inner_region_holds_brain_and_no_scalp(head):
     case = load_case(head(AFFINES["RAS"]))
     assert 0.05 < case.inner.mean() < 0.3 and case.volume.data[case.inner].max() < 150
@@ -110,6 +119,20 @@ def test_outputs_keep_affine_header_and_orientation(head, tmp_path):
     assert np.array_equal(np.asarray(image.dataobj), array)
     for field in ("pixdim", "qform_code", "sform_code", "xyzt_units"):
         assert np.array_equal(image.header[field], volume.image.header[field])
+
+
+def test_outputs_do_not_inherit_the_scans_scaling_and_window(head, tmp_path):
+    image = nib.load(head())
+    scan = nib.Nifti1Image(np.asarray(image.dataobj).astype(np.int16), image.affine)
+    scan.header.set_slope_inter(2, 1)
+    scan.header["cal_min"], scan.header["cal_max"] = 5, 900
+    nib.save(scan, tmp_path / "scaled.nii.gz")
+    volume = load_volume(tmp_path / "scaled.nii.gz")
+    assert volume.data.max() == 2 * scan.dataobj.max() + 1
+    for array in (volume.data > 150).astype(np.uint8), volume.data / 7:
+        found = nib.load(save_like(array, volume, tmp_path / "out.nii.gz"))
+        assert np.array_equal(np.asarray(found.dataobj), array) and (found.dataobj.slope, found.dataobj.inter) == (1, 0)
+        assert found.header["cal_min"] == found.header["cal_max"] == 0
 
 
 def bad(path, name, content):
@@ -212,6 +235,12 @@ def test_air_around_the_scan_is_air_on_the_canvas(head):
     case = load_case(head(), inputs=Inputs(fov=400.0))
     torch.testing.assert_close(case_canvas(case, 64)[0, :, 0], torch.full((len(case_canvas(case, 64)[0]), 64), AIR))
     assert case.grid.columns[1] * case.volume.spacing[0] == pytest.approx(400, abs=1)
+
+
+def test_a_brain_wider_than_the_field_of_view_stays_on_the_canvas(head):
+    case = load_case(head(), inputs=Inputs(fov=100.0))
+    back = from_canvas(to_canvas(case.inner.astype(np.float32), case.grid, 256), case.grid)
+    assert (back[case.inner] > 0.1).all()
 
 
 def test_a_brain_far_darker_than_an_open_ring_of_fat_is_found(head):
