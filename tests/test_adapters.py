@@ -5,6 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from small import ENCODER
 from torch import nn
 
 from wmhlib import training
@@ -13,7 +14,7 @@ from wmhlib.errors import RecipeError
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
-from wmhlib.sections import FOUR_BITS, METHODS, Adapter, Encoder
+from wmhlib.sections import FOUR_BITS, METHODS, Adapter
 from wmhlib.settings import Recipe
 from wmhlib.spectral import decompose
 from wmhlib.storage import load_checkpoint
@@ -23,7 +24,6 @@ OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 trai
 IMAGE = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
 TARGET = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(2))
 README = Path(__file__).parent.parent / "README.md"
-ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 
 
 def adapted(dropout=0.0, seed=0, method="lora"):

@@ -2,14 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import OFF
 
 from wmhlib.batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
 from wmhlib.errors import InputError
 from wmhlib.sections import Augment, Inputs
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import AIR, BRIGHTEST
-
-OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
 
 def case(name, depth=40, lesions=(3, 4, 20), modalities=1):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import OFF
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmhlib import suite
@@ -15,13 +16,12 @@ from wmhlib.engine import WMHInferenceEngine
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.presets import preset
 from wmhlib.search import PER_CASE, search
-from wmhlib.sections import Augment, Encoder, Operating
+from wmhlib.sections import Encoder, Operating
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import brain_slices
 from wmhlib.workspace import RunFolder, read_table
 
 SMOKE = preset("smoke")
-OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import OFF
 
 from wmhlib.errors import InputError
 from wmhlib.sections import Augment, Volume
@@ -14,7 +15,6 @@ from wmhlib.volumetric.patches import augment_volumes, draw_patches, stack_patch
 from wmhlib.volumetric.store import CaseVolume
 
 SETTINGS = Volume("attention", spacing=4.0, box=(96, 64, 96), patch=(32, 48, 32), patches=6, lesion_share=0.5)
-OFF = Augment(rotation=0, scale=0, flips=False, flips_ap=False, rotate90=False, gamma=0, noise=0, brightness=0, contrast=0)
 
 
 def case(name, lesion=True):

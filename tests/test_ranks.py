@@ -4,14 +4,14 @@ import pytest
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
+from small import ENCODER
 from torch import nn
 
 from wmhlib.adapters import adapt
 from wmhlib.medsam import build_encoder
 from wmhlib.ranks import Ranks
-from wmhlib.sections import Adapter, Encoder
+from wmhlib.sections import Adapter
 
-ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 VALUES = 2 * (6 + 6 + 3 + 3)
 
 

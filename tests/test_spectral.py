@@ -5,6 +5,7 @@ import peft
 import pytest
 import scipy.linalg
 import torch
+from small import ENCODER
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,10 +16,9 @@ from wmhlib.medsam import build_encoder
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.processes import Average
-from wmhlib.sections import Adapter, Encoder
+from wmhlib.sections import Adapter
 from wmhlib.spectral import Spectral, decompose, fingerprint, to_lora
 
-ENCODER = Encoder(dim=32, depth=2, heads=2, global_blocks=(1,), window=3, grid=4)
 SALT, SSAM = Adapter(method="salt", top=6, rank_attention=3, rank_mlp=2, neck=True), Adapter(method="ssam", neck=True)
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
