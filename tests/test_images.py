@@ -2,6 +2,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from wmhlib import (
 from wmhlib.adapters import budget
 from wmhlib.batches import drop_modalities
 from wmhlib.canvas import from_canvas
-from wmhlib.engine import WMHInferenceEngine
+from wmhlib.engine import Prediction, WMHInferenceEngine
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.sections import Inputs
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
@@ -291,6 +292,14 @@ def test_a_folder_of_images_is_segmented_and_a_bad_one_is_named(image_run, tmp_p
     save(tmp_path / "photos/good.bmp", photograph(), format="BMP")
     with pytest.raises(InputError, match="results of one name"):
         album.segment_images(None, tmp_path / "photos", tmp_path / "out")
+
+
+@pytest.mark.parametrize("tta, grey", [(True, 204), (False, 51)])
+def test_the_probability_of_an_image_is_that_of_the_operating_point(tmp_path, tta, grey):
+    engine = SimpleNamespace(recipe=SimpleNamespace(inputs=RGB), point=dict(tta=tta), segment=lambda found: found.prob > 1,
+                             predict=lambda case: Prediction(case, *(np.full(case.grid.shape, p, np.float32) for p in (0.2, 0.8)), 0))
+    album.segment_images(engine, save(tmp_path / "a.png", photograph()), tmp_path / "out", progress=False)
+    assert set(np.unique(Image.open(tmp_path / "out/a_probability.png"))) == {grey}
 
 
 def test_weights_for_images_are_not_run_on_scans(image_run, tmp_path):

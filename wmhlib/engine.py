@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .canvas import from_canvas
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
-from .metrics import filter_components, reference_parts, smallest
+from .metrics import filter_components, mask_at, reference_parts
 from .network import dtype_of, load_network, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
@@ -138,9 +138,7 @@ class WMHInferenceEngine:
 
     def segment(self, prediction: Prediction) -> np.ndarray:
         """The mask (bool) at the engine's operating point."""
-        prob = prediction.prob_tta if self.point["tta"] else prediction.prob
-        kept = smallest(self.point, prediction.case.volume.spacing)
-        return self.cc_filter(self.apply_threshold(prob, self.point["threshold"]), kept)
+        return mask_at(prediction.prob, prediction.prob_tta, self.point, prediction.case.volume.spacing)
 
     def cases(self, run: RunFolder, split: str, progress: bool = True) -> Iterator[dict]:
         """Each case of one side of the run's split, predicted: what `search` and `evaluation` read, one at a time."""
