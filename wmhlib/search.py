@@ -17,6 +17,7 @@ from .uncertainty import case_uncertainty, unsure_limit
 PER_CASE = "dsc "  # columns "dsc <case>" of the search table
 ZSCORES = np.round(np.arange(0.5, 6.01, 0.1), 2)
 _AXES = ["unit", "tta", "threshold", "size"]
+_ROUNDING = 1e-12  # a Dice this far below a limit still reaches it
 
 
 def search(cases: Iterable[dict], operating: Operating) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -68,7 +69,7 @@ def plateau(table: pd.DataFrame) -> pd.Series:
     per_case = table[[c for c in table if c.startswith(PER_CASE)]]
     paired = per_case.loc[best] - per_case
     error = np.fmin(paired.std(axis=1) / np.sqrt(paired.count(axis=1)), table.se[best]).fillna(0)
-    near = (table.dsc >= table.dsc[best] - error - 1e-12).to_numpy()
+    near = (table.dsc >= table.dsc[best] - error - _ROUNDING).to_numpy()
     cell = tuple(_steps(table).to_numpy().T)
     grid = np.zeros([axis.max() + 1 for axis in cell], bool)
     grid[cell] = near
@@ -95,8 +96,8 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre"
     row = table.loc[inside].assign(distance=distance).sort_values(["distance", "dsc"], ascending=[True, False]).iloc[0]
     if prefer == "sensitive":
         best = table.loc[table.dsc.idxmax()]
-        alike = (table[["unit", "size", "tta"]] == row[["unit", "size", "tta"]]).all(axis=1) & (table.threshold <= row.threshold)
-        row = table[alike & (table.dsc >= best.dsc - np.nan_to_num(best.se))].sort_values("threshold").iloc[0]
+        alike = (table[["unit", "size", "tta"]] == row[["unit", "size", "tta"]]).all(axis=1)
+        row = table[alike & (table.dsc >= best.dsc - np.nan_to_num(best.se) - _ROUNDING)].sort_values("threshold").iloc[0]
     dice = row[[PER_CASE + case for case in validation.case]].to_numpy(float)
     zscores = validation[[c for c in validation if c.startswith("z ")]].mean().fillna(-1)
     return dict(threshold=float(row.threshold), **_size(row.unit, row["size"]), tta=bool(row.tta), dsc=float(row.dsc),
