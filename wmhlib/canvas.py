@@ -43,7 +43,8 @@ def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0, place
 
 
 def neighbours(places: torch.Tensor | int, context: int, depth: int) -> torch.Tensor:
-    """The numbers (... x (2 context + 1)) of the slices `places` (0 to depth - 1) and of `context` more on each side, in order; the outermost repeated at the ends."""
+    """The numbers (... x (2 context + 1)) of the slices `places` (0 to depth - 1) and of `context` more on each side, in order; the outermost
+    repeated at the ends."""
     return (torch.as_tensor(places)[..., None] + torch.arange(-context, context + 1)).clamp(0, depth - 1)
 
 
