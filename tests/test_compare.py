@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 
 from wmhlib import agreement, compare, metrics, report, suite
 from wmhlib.bench import compared
+from wmhlib.engine import Prediction
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.presets import preset
 from wmhlib.training import fit
@@ -49,6 +51,7 @@ def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, t
     assert compare.summary(one).empty and compare.reference(one) == ""
     both = compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False)
     assert len(trained) == 4 and all(sides == run.cases().split.tolist() for _, sides in trained)
+    assert set(both.case) == set(run.cases().query("split == 'test'").case)
     assert both.groupby(["system", "seed"]).ngroups == 4 and both[list(metrics.SCORES[:1])].notna().all(None)
     pd.testing.assert_frame_equal(compare.train(run, NAMED, (0, 1), tmp_path, TINY, progress=False), both)
     assert len(trained) == 4
@@ -63,6 +66,16 @@ def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, t
 def test_the_recipe_is_scored_with_every_view_too(new_run, tmp_path):
     scores = compare.train(new_run("run"), {compare.BASELINE: ""}, (0,), tmp_path, TINY, progress=False)
     assert scores.system.unique().tolist() == [compare.BASELINE, compare.TTA]
+
+
+def test_a_system_is_scored_in_one_view_and_other_pathology_counts_nowhere(tiny_nifti):
+    reference = np.zeros((24, 28, 10), np.uint8)
+    reference[10:14, 10:14, 4:6], reference[17, 16, 3:6] = 1, 2
+    cases = pd.DataFrame([dict(case="a", site="A", flair=tiny_nifti("FLAIR.nii.gz"), t1="", mask=tiny_nifti("wmh.nii.gz", data=reference))])
+    engine = SimpleNamespace(recipe=preset("smoke"), predict=lambda case, use_tta: Prediction(case, np.float32(case.mask > 0), np.float32(case.mask > 1), 0))
+    one, recipe = (compare.score_cases(engine, cases, name, 0) for name in ("none", compare.BASELINE))
+    assert one.dsc.tolist() == [1] and one.result_ml.tolist() == one.reference_ml.tolist() == [pytest.approx(0.096)]
+    assert dict(zip(recipe.system, recipe.dsc)) == {compare.BASELINE: 1, compare.TTA: 0}
 
 
 @pytest.mark.parametrize("share", ["", "0/2", "3/2", "1/0", "a/b", "1/2/3"])

@@ -11,6 +11,7 @@ from predicting import LESION, Engine, run, sidecar
 from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
 from wmhlib.errors import InputError
+from wmhlib.uncertainty import entropy
 
 OVERLAY = scanpages.overlay
 pytestmark = pytest.mark.usefixtures("quick_figure")
@@ -170,6 +171,15 @@ def test_unsure_is_unknown_without_a_limit_and_else_above_it(scan, tmp_path):
     flair = scan("sub-01_FLAIR.nii.gz")
     unsure = [run(Engine(**point), flair, tmp_path / "out").unsure[0] for point in ({}, {"unsure_above": 0.0}, {"unsure_above": 9.0})]
     assert pd.isna(unsure[0]) and unsure[1:] == [True, False]
+
+
+@pytest.mark.parametrize("tta, highest", [(True, 0.9), (False, 0.45)])
+def test_the_probability_is_that_of_the_operating_point_and_the_entropy_that_of_all_views(scan, tmp_path, tta, highest):
+    out = tmp_path / "out"
+    case, = derivatives.worth_a_look(run(Engine(tta=tta), scan("sub-01_FLAIR.nii.gz"), out), out)
+    assert case["prob"].max() == pytest.approx(highest)
+    assert pd.read_csv(next(out.rglob("*_lesions.tsv")), sep="\t").max_prob.tolist() == pytest.approx([highest])
+    np.testing.assert_allclose(case["entropy"], entropy(np.float32(0.9)), rtol=1e-5)  # of 0.1 too
 
 
 def test_unsure_scans_come_first_and_are_read_back_as_they_were_made(scan, tmp_path):

@@ -4,13 +4,14 @@ import pandas as pd
 import pytest
 import torch
 
+from wmhlib.batches import with_context
 from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
 from wmhlib.network import WMHNet, load_network
 from wmhlib.phantom import write_cohort
 from wmhlib.presets import preset
 from wmhlib.trained import weights_bytes
-from wmhlib.volumes import load_case
+from wmhlib.volumes import brain_slices, case_canvas, load_case
 from wmhlib.workspace import RunFolder, write_atomic, write_table
 
 
@@ -65,16 +66,25 @@ def test_tta_of_a_turned_canvas_is_the_turned_tta():
     torch.testing.assert_close(engine._views(image.rot90(1, (-2, -1)), VIEWS[8]).mean(0), mean.rot90(1, (-2, -1)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 3, 64])
-def test_no_more_slices_than_the_setting_says_are_in_a_forward_pass(size, cohort):
-    engine = WMHInferenceEngine(network(f"operating.views=8 operating.batch_size={size} inputs.context=1"), "cpu")
-    whole = WMHInferenceEngine(network("operating.views=8 inputs.context=1"), "cpu")
-    seen = []
-    engine._network.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    case = load_case(cohort.flair[0], inputs=engine.recipe.inputs)
-    prediction = engine.predict(case)
-    assert max(seen) <= size and sum(seen) == 8 * (case.grid.depth - prediction.skipped)
-    np.testing.assert_allclose(prediction.prob_tta, whole.predict(case).prob_tta, atol=1e-6)
+def test_no_more_slices_than_the_setting_says_are_in_a_forward_pass(cohort):
+    found, seen = [], []
+    for size in (64, 3, 1):
+        engine = WMHInferenceEngine(network(f"operating.views=2 operating.batch_size={size} inputs.context=1"), "cpu")
+        engine._network.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+        case = load_case(cohort.flair[0], inputs=engine.recipe.inputs)
+        seen.clear()
+        found.append(engine.predict(case))
+        assert max(seen) <= size and sum(seen) == 2 * (case.grid.depth - found[-1].skipped)
+        np.testing.assert_allclose(found[-1].prob_tta, found[0].prob_tta, atol=1e-6)
+
+
+def test_the_network_sees_each_slice_between_its_neighbours_as_in_training(cohort, monkeypatch):
+    engine, seen = WMHInferenceEngine(network("operating.batch_size=3 inputs.modalities=['flair','t1'] inputs.context=1"), "cpu"), []
+    monkeypatch.setattr(engine, "_logits", lambda batch: seen.append(batch) or batch[:, :1])
+    case = load_case(cohort.flair[0], cohort.t1[0], inputs=engine.recipe.inputs)
+    engine.predict(case, use_tta=False)
+    images = case_canvas(case, engine.img_size)
+    torch.testing.assert_close(torch.cat(seen), torch.stack([with_context(images, z, 1) for z in brain_slices(case)]))
 
 
 def test_slices_without_brain_are_skipped_and_counted(cohort, tmp_path):
@@ -91,10 +101,9 @@ def test_slices_without_brain_are_skipped_and_counted(cohort, tmp_path):
     assert shown[case.inner.any((0, 1))].all()
 
 
-def test_probabilities_stay_between_0_and_1_where_the_network_is_certain(cohort):
-    model = network("inputs.img_size=512")
-    torch.nn.init.constant_(model.decoder.fuse[-1].bias, 40)
-    engine = WMHInferenceEngine(model, "cpu")
+def test_probabilities_stay_between_0_and_1_where_the_network_is_certain(cohort, monkeypatch):
+    engine = WMHInferenceEngine(network(), "cpu", img_size=512)
+    monkeypatch.setattr(engine, "_logits", lambda batch: torch.full((len(batch), 1, 512, 512), 40.0))
     prob = engine.predict(load_case(cohort.flair[0], inputs=engine.recipe.inputs), use_tta=False).prob
     assert prob.max() == 1 and prob.min() == 0
 

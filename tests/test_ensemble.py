@@ -70,13 +70,15 @@ def test_sure_probabilities_are_no_more_than_one_on_any_grid(tiny_nifti, shape, 
 
 def test_an_ensemble_is_the_mean_of_its_members_and_stands_wherever_an_engine_does(engine, scan):
     members = [engine(seed) for seed in (1, 2)]
-    members[0].point |= dict(threshold=0.4, min_voxels=3)
+    members[0].point |= dict(threshold=0.4, min_voxels=5, tta=False)
+    members[1].point |= dict(min_mm3=7.0)
     both = Ensemble(members)
     case = load_case(scan, inputs=both.recipe.inputs)
-    found = [each.predict(case) for each in members]
-    np.testing.assert_allclose(both.predict(case).prob_tta, (found[0].prob_tta + found[1].prob_tta) / 2, atol=1e-7)
-    assert both.point["threshold"] == pytest.approx(0.45) and both.point["min_voxels"] == 3
-    assert both.segment(both.predict(case)).shape == case.volume.data.shape
+    mean, *found = [each.predict(case) for each in (both, *members)]
+    np.testing.assert_allclose(mean.prob, (found[0].prob + found[1].prob) / 2, atol=1e-7)
+    np.testing.assert_allclose(mean.prob_tta, (found[0].prob_tta + found[1].prob_tta) / 2, atol=1e-7)
+    assert both.point.items() >= dict(threshold=pytest.approx(0.45), min_voxels=5, min_mm3=7.0, tta=True).items()
+    assert both.segment(mean).shape == case.volume.data.shape
     assert both.model.fingerprint() not in {each.model.fingerprint() for each in members}
     with pytest.raises(InputError, match="one kind of input: these have flair over 256 mm in 2 views; t1"):
         Ensemble([members[0], WMHInferenceEngine(build_network(preset("smoke")), "cpu")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,10 @@ from scipy import ndimage
 
 from wmhlib import evaluation
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
+from wmhlib.engine import Prediction, WMHInferenceEngine
 from wmhlib.errors import InputError
 from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
+from wmhlib.metrics import filter_components
 from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
 from wmhlib.volumes import load_mask, load_volume
@@ -48,10 +51,18 @@ def test_four_systems_are_scored_on_each_case(evaluated):
 
 def test_systems_differ_by_their_point_alone(patchy):
     case = patchy()
-    own, recipe, plain, zscore = system_masks(case, POINT | dict(min_mm3=4.0), Operating(threshold=0.6, min_voxels=3)).values()
+    own, recipe, plain, zscore = system_masks(case, POINT | dict(min_mm3=4.0), Operating(threshold=0.6, min_voxels=3, tta=False)).values()
     assert (plain == (case["prob"] >= 0.5)).all() and (zscore == (case["flair_z"] > 2)).all()
-    assert own.sum() < (case["prob_tta"] >= 0.5).sum() and own.sum() > recipe.sum() > 0
-    assert (own == system_masks(case, POINT | dict(min_voxels=2), Operating())[SYSTEMS[0]]).all(), "4 mm3 are two voxels of 2.97"
+    assert (own == filter_components(case["prob_tta"] >= 0.5, 2)).all(), "4 mm3 are two voxels of 2.97"
+    assert (recipe == filter_components(case["prob"] >= 0.6, 3)).all()
+
+
+@pytest.mark.parametrize("point", [dict(tta=True, min_voxels=2), dict(tta=False, min_mm3=4.0)])
+def test_what_the_engine_segments_is_what_the_evaluation_scores(patchy, point):
+    case, point = patchy(), POINT | point
+    engine, scan = SimpleNamespace(point=point), SimpleNamespace(volume=SimpleNamespace(spacing=case["spacing"]))
+    mask = WMHInferenceEngine.segment(engine, Prediction(scan, case["prob"], case["prob_tta"], 0))
+    assert (mask == system_masks(case, point, Operating())[SYSTEMS[0]]).all()
 
 
 def test_lesions_give_the_recall_and_precision_of_the_scores(patchy):
@@ -177,13 +188,14 @@ def test_cases_are_read_once_and_one_at_a_time(patchy):
 
 def test_every_mask_is_kept_on_the_grid_of_its_scan_as_the_case_passes(disc_case, tiny_nifti, tmp_path):
     item = disc_case(codes="PIR")
-    item["volume"] = load_volume(tiny_nifti("FLAIR.nii.gz", item["flair"].shape, axes="PIR"))
-    passed = evaluation.save_masks([item], POINT | dict(threshold=0.4, min_voxels=3), tmp_path / "masks")
+    item |= dict(volume=load_volume(tiny_nifti("FLAIR.nii.gz", item["flair"].shape, axes="PIR")), prob=0 * item["prob"])
+    point = POINT | dict(threshold=0.4, min_voxels=5)  # the other pathology has four voxels
+    passed = evaluation.save_masks([item], point, tmp_path / "masks")
     assert not (tmp_path / "masks").exists() and next(passed) is item
     kept = load_mask(tmp_path / "masks" / "Utrecht_1_wmh.nii.gz", like=item["volume"])
-    np.testing.assert_array_equal(kept, item["prob"] > 0)
+    np.testing.assert_array_equal(kept, item["reference"] == 1)
     other = item | dict(case="Utrecht_2")
-    list(evaluation.save_masks([other], POINT | dict(threshold=0.4, min_voxels=3), tmp_path / "masks"))
+    list(evaluation.save_masks([other], point, tmp_path / "masks"))
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["Utrecht_2_wmh.nii.gz"], "of this evaluation alone"
 
 

@@ -22,10 +22,11 @@ SHORT = "training.epochs=2 training.validate_epochs=2 training.checkpoint_epochs
 def test_every_point_is_trained_once_and_scored(new_run, monkeypatch):
     run, trained = new_run("run"), []
     monkeypatch.setattr(fewshot, "fit", lambda point, progress: trained.append(point.recipe()) or fit(point, progress))
+    monkeypatch.setattr(fewshot.WMHInferenceEngine, "plain_mask", lambda engine, case: (case.mask > 0) & (engine.recipe == trained[-1]))
     table = fewshot.curve(run, (3,), (0,), SHORT)
     assert [(r.training.slices, r.seed, r.training.epochs) for r in trained] == [(3, 0, 2)]
     assert table[["system", "slices", "seed"]].to_numpy().tolist() == [["few-shot", 3, 0]]
-    assert table[["val_dice", "test_dice"]].to_numpy().min() >= 0
+    assert table[["val_dice", "test_dice"]].to_numpy().tolist() == [[1, 1]], "of the point's own network"
     pd.testing.assert_frame_equal(read_table(run.path / "fewshot" / "fewshot.csv"), table, rtol=1e-5, check_dtype=False)
     more = fewshot.curve(run, (3,), (0, 1), SHORT)
     assert len(trained) == 2 and trained[1].seed == 1, "what is finished is read"

@@ -1,4 +1,5 @@
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,9 +7,10 @@ import torch
 from pictures import photograph, save
 from PIL import Image
 
-from wmhlib import cohort, images, presets, splits, volumes, wording
+from wmhlib import album, cohort, images, presets, splits, volumes, wording
 from wmhlib.batches import drop_modalities
 from wmhlib.canvas import from_canvas
+from wmhlib.engine import Prediction
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.sections import Inputs
 from wmhlib.workspace import write_atomic
@@ -173,3 +175,11 @@ def test_a_lossy_mask_is_cut_in_the_middle_and_one_of_ones_is_one(tmp_path):
 def test_words_of_scans_become_words_of_images():
     assert wording.of_images("Lesion volume (mL), HD95 (mm), < 14 mm3; FLAIR z-score") == "Marked area (kpx), HD95 (px), < 14 px; image z-score"
     assert wording.of_images("lesions of case lesion-3, scan_1") == "objects of case lesion-3, scan_1"
+
+
+@pytest.mark.parametrize("tta, grey", [(True, 204), (False, 51)])
+def test_the_probability_of_an_image_is_that_of_the_operating_point(tmp_path, tta, grey):
+    engine = SimpleNamespace(recipe=SimpleNamespace(inputs=RGB), point=dict(tta=tta), segment=lambda found: found.prob > 1,
+                             predict=lambda case: Prediction(case, *(np.full(case.grid.shape, p, np.float32) for p in (0.2, 0.8)), 0))
+    album.segment_images(engine, save(tmp_path / "a.png", photograph()), tmp_path / "out", progress=False)
+    assert set(np.unique(Image.open(tmp_path / "out/a_probability.png"))) == {grey}

@@ -13,9 +13,11 @@ from wmhlib import InputError
 from wmhlib.metrics import (
     bounding_box,
     challenge_scores,
+    chosen,
     components,
     filter_components,
     lesion_table,
+    mask_at,
     volume_ml,
     voxels,
 )
@@ -174,6 +176,16 @@ def test_small_components_go_and_diagonal_neighbours_stay_together():
     mask[0, 0, 0] = mask[1, 1, 1] = mask[2, 2, 2] = mask[5, 5, 0] = True
     assert filter_components(mask, 3).sum() == 3 and filter_components(mask, 1).sum() == 4
     assert not filter_components(mask, 4).any() and not filter_components(mask & False, 1).any()
+
+
+@pytest.mark.parametrize("point, view", [(dict(tta=True, min_voxels=3), 1), (dict(tta=False, min_voxels=1, min_mm3=5.0), 0)])
+def test_the_mask_at_a_point_is_of_its_own_view_from_its_threshold_on_without_small_components(point, view):
+    plain, mean = maps = np.zeros((2, 6, 6, 4), np.float32)
+    plain[0, 0, :2] = plain[0, 2, :3] = mean[5, 0, :2] = mean[5, 2, :3] = 0.5
+    expected = maps[view] * (np.arange(6) == 2)[:, None]  # two voxels of 2 mm3 are too small, three are not
+    assert chosen(plain, mean, point) is (plain, mean)[view]
+    assert np.array_equal(mask_at(plain, mean, point | dict(threshold=0.5), (1, 1, 2)), expected > 0)
+    assert not mask_at(plain, mean, point | dict(threshold=0.6), (1, 1, 2)).any()
 
 
 def test_volume_counts_label_1_only():

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.figure
 import pandas as pd
@@ -34,11 +35,12 @@ def test_phase_two_is_the_runs_recipe_with_rank_eight_and_cross_entropy_and_dice
     assert float(loss) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target, torch.ones_like(target))), rel=1e-5)
 
 
-def test_dice_of_scans_is_that_of_each_test_case(smoke_run):
-    run, _ = smoke_run
-    table = minisam.scan_dice({"a": run, "b": run})
-    assert table.case.tolist() == run.cases().query("split == 'test'").case.tolist()
-    assert table.a.equals(table.b) and table.a.between(0, 1).all()
+def test_dice_of_scans_is_that_of_each_test_case(new_run, monkeypatch):
+    runs = {name: new_run(name) for name in ("all", "nothing")}
+    monkeypatch.setattr(minisam.WMHInferenceEngine, "from_run", lambda run: SimpleNamespace(plain_mask=lambda case: (case.mask > 0) & (run.path.name == "all")))
+    table = minisam.scan_dice(runs)
+    assert table.case.tolist() == runs["all"].cases().query("split == 'test'").case.tolist()
+    assert table["all"].eq(1).all() and table.nothing.eq(0).all()
 
 
 def test_a_run_without_cases_gets_those_of_its_recipe(tmp_path):
@@ -75,9 +77,9 @@ def test_figures_have_captions():
     assert all("{" not in text.format(data="3 synthetic cases") for text in distilled.CAPTIONS.values())
 
 
-def test_the_notebook_leaves_student_adapters_tables_and_figures(smoke_run, tmp_path, capsys):
+def test_the_notebook_leaves_student_adapters_tables_and_figures(tmp_path, capsys):
     out = tmp_path / "out"
-    suite.execute("08_distill", tmp_path / "08_distill.ipynb", {"preset": "smoke", "run_dir": str(smoke_run[0].path), "out_dir": str(out)})
+    suite.execute("08_distill", tmp_path / "08_distill.ipynb", {"preset": "smoke", "out_dir": str(out)})
     for name in ("phase1/student.safetensors", "phase1/history.csv", "student/best.safetensors", "teacher/best.safetensors", "fewshot/fewshot.csv",
                  "modalities/adapters/flair/adapter_model.safetensors", "dice.csv", "claims.csv", "reached.csv", "distil.png", "dice.png", "fewshot.png", "cross.png"):
         assert (out / name).exists(), name

@@ -15,6 +15,7 @@ from wmhlib import InputError, metrics
 from wmhlib.metrics import challenge_scores, smallest
 from wmhlib.search import PER_CASE, ZSCORES, choose, compare, plateau, search
 from wmhlib.sections import Operating
+from wmhlib.uncertainty import unsure_limit
 
 OPERATING = Operating(thresholds=(0.2, 0.5, 0.8), sizes=(1, 3, 8), sizes_mm3=(5.0, 7.0, 20.0))
 
@@ -48,6 +49,7 @@ def test_grid_equals_the_naive_loop():
         found = table.loc[row[0], [PER_CASE + c["case"] for c in cases]].astype(float)
         np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0)
         assert row[1]["dsc"] == pytest.approx(np.nanmean(expected), abs=1e-12)
+        assert row[1]["se"] == pytest.approx(np.nanstd(expected, ddof=1) / np.sqrt(row[1]["n"]), abs=1e-12)
 
 
 def naive_dice_grid(prob, lesion, ignored, thresholds, sizes):
@@ -166,10 +168,33 @@ def test_the_centre_of_a_plateau_is_chosen_not_a_spike():
     dice = np.full((9, 5), 0.5)
     dice[0, 4] = 0.805  # a spike, within the error of the plateau
     dice[3:8, 0:3] = 0.80
-    chosen = choose(*table_of(dice))
+    table, validation = table_of(dice)
+    chosen = choose(table, validation)
     assert (chosen["threshold"], chosen["min_voxels"]) == (0.6, 2)
     assert chosen["best_dsc"] == 0.805 and chosen["plateau_points"] == 15
+    own = table.query("threshold == 0.6 and size == 2").filter(like=PER_CASE).to_numpy()[0]
+    assert chosen.items() >= unsure_limit(validation.uncertainty, own).items()
     assert json.loads(json.dumps(chosen)) == chosen
+
+
+@pytest.mark.parametrize("pair", [(0.8, 0.805), (0.805, 0.8)])
+def test_of_points_equally_near_the_centre_the_better_is_chosen(pair):
+    dice = np.full((5, 3), 0.5)
+    dice[2:4, 1] = pair
+    assert choose(*table_of(dice))["dsc"] == 0.805
+
+
+def test_a_centre_one_standard_error_below_the_best_but_for_rounding_can_be_the_sensitive_choice():
+    dice = np.full((5, 3), 0.5)
+    dice[2] = 0.8, np.nextafter(0.8 - 0.01, 0), 0.8
+    assert choose(*table_of(dice, spread=0.1), "sensitive")["min_voxels"] == 2
+
+
+def test_one_case_has_no_standard_error_and_still_a_sensitive_choice():
+    dice = np.full((5, 3), 0.5)
+    dice[2] = 0.8, 0.797, 0.8
+    table, validation = table_of(dice, spread=0.0)
+    assert choose(table.assign(se=np.nan, n=1), validation, "sensitive")["min_voxels"] == 2
 
 
 def test_the_sensitive_choice_has_the_lowest_threshold_within_one_standard_error():

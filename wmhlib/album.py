@@ -11,7 +11,7 @@ from tqdm import tqdm
 from . import images
 from .engine import WMHInferenceEngine
 from .errors import InputError
-from .metrics import components
+from .metrics import chosen, components
 from .uncertainty import case_uncertainty
 from .volumes import load_case, save_like
 from .workspace import write_table
@@ -37,8 +37,7 @@ def segment_images(engine: WMHInferenceEngine, place: str | Path, out: str | Pat
             rows.append({"image": str(path), "status": "failed", "reason": str(error)})
             continue
         mask, unsure = engine.segment(prediction), case_uncertainty(prediction.prob, prediction.prob_tta)
-        prob = prediction.prob_tta if engine.point["tta"] else prediction.prob
-        for kind, data in (("probability", prob), ("mask", mask)):
+        for kind, data in (("probability", chosen(prediction.prob, prediction.prob_tta, engine.point)), ("mask", mask)):
             save_like(data, prediction.case.volume, out / f"{path.stem}_{kind}.png")
         rows.append({"image": str(path), "pixels": np.count_nonzero(mask), "objects": components(mask)[2], "uncertainty": unsure,
                      "unsure": unsure > engine.point["unsure_above"] if "unsure_above" in engine.point else None, "status": "done", "reason": ""})

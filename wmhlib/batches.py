@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .canvas import neighbours
 from .errors import InputError
 from .sections import Augment, Inputs
 from .slicestore import CaseSlices
@@ -46,9 +47,8 @@ def stack_slices(cases: list[CaseSlices], places: list[tuple[int, int]], context
 
 
 def with_context(images: Tensor, z: int, context: int) -> Tensor:
-    """M x D x S x S -> (M (2 context + 1)) x S x S: slice z and its neighbours, the outermost repeated at the ends."""
-    near = torch.arange(z - context, z + context + 1).clamp(0, images.shape[1] - 1)
-    return images[:, near].flatten(0, 1)
+    """M x D x S x S -> (M (2 context + 1)) x S x S: slice z and its `canvas.neighbours`."""
+    return images[:, neighbours(z, context, images.shape[1])].flatten(0, 1)
 
 
 def augment(images: Tensor, labels: Tensor, settings: Augment, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,12 @@ def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0, place
     return F.interpolate(window[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
 
 
+def neighbours(places: torch.Tensor | int, context: int, depth: int) -> torch.Tensor:
+    """The numbers (... x (2 context + 1)) of the slices `places` (0 to depth - 1) and of `context` more on each side, in order; the outermost
+    repeated at the ends."""
+    return (torch.as_tensor(places)[..., None] + torch.arange(-context, context + 1)).clamp(0, depth - 1)
+
+
 def mask_canvas(mask: np.ndarray, grid: Grid, size: int) -> torch.Tensor:
     """Boolean H x W x D -> boolean D x size x size; every voxel of the mask in the window keeps a pixel, however small."""
     canvas = to_canvas(mask, grid, size) > 0.5

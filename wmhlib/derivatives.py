@@ -31,7 +31,7 @@ from accelerate.utils import gather_object
 from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
 from .layouts import stem
-from .metrics import lesion_table, volume_ml
+from .metrics import chosen, lesion_table, volume_ml
 from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
 from .volumes import Volume, load_case, load_mask, load_volume, save_like
@@ -192,7 +192,7 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     kind = bids.kind_of(engine.recipe.inputs)
     prediction = engine.predict(load_case(scan["flair"], scan.get("t1"), inputs=engine.recipe.inputs))
     volume, mask = prediction.case.volume, engine.segment(prediction)
-    prob = prediction.prob_tta if engine.point["tta"] else prediction.prob
+    prob = chosen(prediction.prob, prediction.prob_tta, engine.point)
     maps = {"mask": mask.astype(np.uint8), "probability": prob, "entropy": np.float32(entropy(prediction.prob_tta))}
     lesions = lesion_table(mask, prob, volume.affine)
     lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .canvas import from_canvas
+from .canvas import from_canvas, neighbours
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
-from .metrics import filter_components, reference_parts, smallest
+from .metrics import filter_components, mask_at, reference_parts
 from .network import dtype_of, load_network, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
@@ -93,8 +93,7 @@ class WMHInferenceEngine:
         filled, context = brain_slices(case), self.recipe.inputs.context
         views = VIEWS[self.recipe.operating.views if use_tta else 1]
         for places in filled.split(max(1, self.recipe.operating.batch_size // len(views))):
-            around = (places[:, None] + torch.arange(-context, context + 1)).clamp(0, case.grid.depth - 1)
-            near, number = around.unique(return_inverse=True)
+            near, number = neighbours(places, context, case.grid.depth).unique(return_inverse=True)
             batch = case_canvas(case, self.img_size, near)[:, number].transpose(0, 1).flatten(1, 2)
             probabilities = self._views(batch.to(self.device), views)
             for out, canvas in ((plain, probabilities[0]), (mean, probabilities.mean(0))):
@@ -138,9 +137,7 @@ class WMHInferenceEngine:
 
     def segment(self, prediction: Prediction) -> np.ndarray:
         """The mask (bool) at the engine's operating point."""
-        prob = prediction.prob_tta if self.point["tta"] else prediction.prob
-        kept = smallest(self.point, prediction.case.volume.spacing)
-        return self.cc_filter(self.apply_threshold(prob, self.point["threshold"]), kept)
+        return mask_at(prediction.prob, prediction.prob_tta, self.point, prediction.case.volume.spacing)
 
     def cases(self, run: RunFolder, split: str, progress: bool = True) -> Iterator[dict]:
         """Each case of one side of the run's split, predicted: what `search` and `evaluation` read, one at a time."""

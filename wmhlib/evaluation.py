@@ -17,10 +17,10 @@ from .images import is_image
 from .metrics import (
     bounding_box,
     challenge_scores,
+    chosen,
     components,
-    filter_components,
+    mask_at,
     reference_parts,
-    smallest,
     volume_ml,
     voxels,
 )
@@ -108,7 +108,7 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
             metrics=[dict(system=system, **scores[system], reference_ml=reference_ml, result_ml=volume_ml(mask, spacing))
                      for system, mask in counted.items()],
             lesions=_lesions(lesion, own, near, spacing), zones=_zones(lesion, own, near, spacing),
-            calibration=_calibration(case, case["prob_tta"] if point["tta"] else case["prob"]),
+            calibration=_calibration(case, chosen(case["prob"], case["prob_tta"], point)),
             uncertainty=[dict(dsc=dsc, entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
                               unsure=unsure > point["unsure_above"])])
         for name, some in found.items():
@@ -125,14 +125,9 @@ def system_masks(case: dict, point: dict, operating: Operating) -> dict[str, np.
     `min_voxels`, `tta`, `min_mm3` if any) and at the recipe's own, at 0.5 with one view and no filter, and `flair_z` above
     `point["zscore_threshold"]` within `inner`."""
     own = dict(threshold=operating.threshold, min_voxels=operating.min_voxels, tta=operating.tta)
-    masks = (_mask_at(case, point), _mask_at(case, own), case["prob"] >= 0.5,
-             (case["flair_z"] > point["zscore_threshold"]) & case["inner"])
+    found = (mask_at(case["prob"], case["prob_tta"], at, case["spacing"]) for at in (point, own))
+    masks = (*found, case["prob"] >= 0.5, (case["flair_z"] > point["zscore_threshold"]) & case["inner"])
     return dict(zip(SYSTEMS, masks))
-
-
-def _mask_at(case: dict, point: dict) -> np.ndarray:
-    prob = case["prob_tta"] if point["tta"] else case["prob"]
-    return filter_components(prob >= point["threshold"], smallest(point, case["spacing"]))
 
 
 def periventricular(ventricles: np.ndarray | None, spacing) -> np.ndarray | None:
@@ -191,7 +186,7 @@ def save_masks(cases: Iterable[dict], point: dict, folder: str | Path) -> Iterat
     for case in cases:
         path = _result(folder, case["case"], case["volume"].path)
         kept.add(path)
-        save_like(_mask_at(case, point).astype(np.uint8), case["volume"], path)
+        save_like(mask_at(case["prob"], case["prob_tta"], point, case["spacing"]).astype(np.uint8), case["volume"], path)
         yield case
     for old in {path for ending in _RESULTS for path in Path(folder).glob(f"*{ending}")} - kept:
         old.unlink()

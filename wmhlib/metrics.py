@@ -135,6 +135,17 @@ def smallest(point: dict, spacing) -> int:
     return max(point["min_voxels"], int(np.ceil(point.get("min_mm3", 0) / np.prod(spacing) - 1e-6)))
 
 
+def chosen(plain: np.ndarray, mean: np.ndarray, point: dict) -> np.ndarray:
+    """The probabilities that the operating point `point` thresholds: with `tta` the `mean` over all views, else those of the `plain` one."""
+    return mean if point["tta"] else plain
+
+
+def mask_at(plain: np.ndarray, mean: np.ndarray, point: dict, spacing) -> np.ndarray:
+    """The mask (bool, H x W x D) of probabilities (same shape, 0-1; the `plain` view and the `mean` over all) at the operating point `point`:
+    those `chosen`, from its `threshold` on, without components below the `smallest`; `spacing` in mm."""
+    return filter_components(chosen(plain, mean, point) >= point["threshold"], smallest(point, spacing))
+
+
 def volume_ml(mask: np.ndarray, spacing) -> float:
     """Volume of label 1 (or True) in mL; `spacing` in mm."""
     return np.count_nonzero(reference_parts(mask)[0]) * float(np.prod(spacing)) / 1000

@@ -98,8 +98,8 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre"
     row = table.loc[inside].assign(distance=distance).sort_values(["distance", "dsc"], ascending=[True, False]).iloc[0]
     if prefer == "sensitive":
         best = table.loc[table.dsc.idxmax()]
-        alike = (table[["unit", "size", "tta"]] == row[["unit", "size", "tta"]]).all(axis=1) & (table.threshold <= row.threshold)
-        row = table[alike & (table.dsc >= best.dsc - np.nan_to_num(best.se))].sort_values("threshold").iloc[0]
+        alike = (table[["unit", "size", "tta"]] == row[["unit", "size", "tta"]]).all(axis=1)
+        row = table[alike & (table.dsc >= np.fmin(best.dsc - best.se, row.dsc))].sort_values("threshold").iloc[0]
     dice = row[[PER_CASE + case for case in validation.case]].to_numpy(float)
     zscores = validation[[c for c in validation if c.startswith("z ")]].mean().fillna(-1)
     return dict(threshold=float(row.threshold), **_size(row.unit, row["size"]), tta=bool(row.tta), dsc=float(row.dsc),
