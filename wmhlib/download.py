@@ -90,7 +90,7 @@ def fetch_medsam(folder: str | Path) -> Path:
     return fetch.retrieve(fetch.Session().ask(MEDSAM_URL), target, f"md5:{medsam.MEDSAM_MD5}", dict.fromkeys((401, 403, 404), step))
 
 
-def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET, t1: bool = False) -> None:
+def fetch_kaggle(folder: str | Path, t1: bool = False) -> None:
     """FLAIR and mask (and T1) of each case of the challenge's Kaggle mirror into `folder`.
 
     Credentials: KAGGLE_API_TOKEN (the token, or a file that holds it), else KAGGLE_USERNAME and KAGGLE_KEY, each from the
@@ -98,10 +98,10 @@ def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET, t1: bool = F
     one zip file, kept only if every checksum in it holds, and only until it is unpacked; asking for `t1` later fetches it again.
     Raises InputError with the next step to take.
     """
-    archive, page = Path(folder).absolute() / f"{dataset.split('/')[1]}.zip", f"https://www.kaggle.com/datasets/{dataset}"
+    archive, page = Path(folder).absolute() / f"{KAGGLE_DATASET.split('/')[1]}.zip", f"https://www.kaggle.com/datasets/{KAGGLE_DATASET}"
     if not _is_unpacked(archive, t1):
         print(f"fetching {page} into {folder}", flush=True)
-        fetch.retrieve(_kaggle(dataset), archive, loads=archives.zip_loads, unpacked=True, steps={
+        fetch.retrieve(_kaggle(), archive, loads=archives.zip_loads, unpacked=True, steps={
             401: "make a token at https://www.kaggle.com/settings (API, 'Generate New Token') and set KAGGLE_API_TOKEN in the "
                  "environment or in Colab's secrets (key icon, notebook access on), or save it as ~/.kaggle/access_token; then run "
                  "this again",
@@ -142,7 +142,7 @@ def fetch_dataverse(folder: str | Path, doi: str = DATAVERSE_DOI, server: str = 
     _need_cases(folder, page)
 
 
-def _kaggle(dataset: str) -> fetch.Ask:
+def _kaggle() -> fetch.Ask:
     # The kaggle package's own HTTP layer: importing the package itself signs in, prints, and may end the process.
     from kagglesdk import KaggleClient
     from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
@@ -150,7 +150,7 @@ def _kaggle(dataset: str) -> fetch.Ask:
     if {"KAGGLE_USERNAME", "KAGGLE_KEY"} <= set(os.environ) and "KAGGLE_API_TOKEN" not in os.environ:
         token = None  # the environment comes before a token among Colab's secrets
     request = ApiDownloadDatasetRequest()
-    request.owner_slug, request.dataset_slug = dataset.split("/")
+    request.owner_slug, request.dataset_slug = KAGGLE_DATASET.split("/")
 
     def ask(headers: dict[str, str]):
         with KaggleClient(username=user, password=key, api_token=token) as client:

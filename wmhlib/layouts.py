@@ -71,10 +71,10 @@ def stem(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def listed(problems: list[str], most: int = 10) -> str:
-    """The first `most` problems, a line each, and how many more there are."""
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "".join(f"\n  {line}" for line in problems[:most] + more)
+def listed(problems: list[str]) -> str:
+    """The first ten problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {line}" for line in problems[:10] + more)
 
 
 def candidate(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:

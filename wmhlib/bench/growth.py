@@ -110,11 +110,11 @@ def _files(case: Case, folder: Path) -> None:
         save_like(back, read.volume, folder / f"{name}.nii.gz")
 
 
-def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float, scans: int = 10_000) -> str:
-    """A paragraph: what `scans` scans like `case` cost with eight views. Operations are counted (`roofline.network_flops`), GPU
+def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float) -> str:
+    """A paragraph: what ten thousand scans like `case` cost with eight views. Operations are counted (`roofline.network_flops`), GPU
     rates assumed and named (`SUSTAINED`); the network's time on this machine is that of a slice in the benchmark's `rows`, and `cpu_s`
     the seconds of one core for a scan's files (`files_s`), both measured."""
-    slices = len(brain_slices(case))
+    scans, slices = 10_000, len(brain_slices(case))
     case_s = slices * next(row["ours_s"] for row in reversed(rows) if row["what"].endswith(": a slice"))
     work = network_flops(recipe) * slices * 8
     hours = {name: scans * work / rate / 3600 for name, rate in SUSTAINED.items()}

@@ -247,10 +247,10 @@ def around(case: Case, folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"step": list(works), "seconds": [fastest(work, 3) for work in works.values()]})
 
 
-def predict_row(run: RunFolder, limit: float = 15.0) -> dict:
+def predict_row(run: RunFolder) -> dict:
     """One challenge-sized scan through `wmhlib.suite predict` in a process of its own, from starting Python to files written,
-    against `limit` seconds. Without weights in `run` the row says that it was left out."""
-    what = "one scan, start to files"
+    against 15 seconds. Without weights in `run` the row says that it was left out."""
+    what, limit = "one scan, start to files", 15.0
     if not run.best.exists():
         return row(what, [limit], [np.nan], note=f"left out: no trained weights in {run.path}; make demo trains some")
     with tempfile.TemporaryDirectory() as folder:
