@@ -122,4 +122,4 @@ def _naive_dice(mask: np.ndarray, reference: np.ndarray, smallest: float) -> flo
     mask &= reference != 2
     lesion = reference == 1
     both, total = int((mask & lesion).sum()), int(mask.sum()) + int(lesion.sum())
-    return 2 * both / total if lesion.any() else float("nan")
+    return 2 * both / total if total else float("nan")
