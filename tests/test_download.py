@@ -12,7 +12,7 @@ import pytest
 from service import Service
 
 from wmhlib import cohort, download, fetch
-from wmhlib.errors import CheckpointError, InputError, RecipeError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError, RecipeError
 from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
 
@@ -69,6 +69,19 @@ def files(folder):
 
 def data_requests(service):
     return [path for path, _ in service.asked if "datafile" in path]
+
+
+def test_a_run_without_cases_gets_those_of_its_recipe(tmp_path):
+    recipe = preset("smoke", "cohort.synthetic_cases=3 cohort.scale=4.0")
+    run = download.prepare(RunFolder(tmp_path / "run"), recipe)
+    before = run.split_csv.read_bytes()
+    assert len(run.cases()) == 3 and cohort.describe(read_table(run.cohort_csv)) == "synthetic cases"
+    assert download.prepare(run, recipe).split_csv.read_bytes() == before
+
+
+def test_without_a_cohort_of_its_own_a_run_is_to_be_prepared_first(tmp_path):
+    with pytest.raises(MissingStepError, match="split.csv is missing: run notebook 02_split first"):
+        download.prepare(RunFolder(tmp_path / "run"), preset("stroke"))
 
 
 @pytest.mark.parametrize("checksum", ["MD5", "SHA-1", "SHA-256"])

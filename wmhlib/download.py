@@ -15,6 +15,7 @@ from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
 from .errors import InputError, RecipeError
 from .settings import Recipe
+from .splits import split_cases
 from .workspace import RunFolder, read_json, read_table, write_atomic, write_table
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
@@ -34,6 +35,19 @@ def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
         raise RecipeError(f"preset {recipe.name!r} adapts a trained encoder and none is named: set medsam to 'zenodo' or to a "
                           "checkpoint file (encoder.random=true trains on random weights)")
     return run.open(recipe)
+
+
+def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
+    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of a synthetic cohort of `recipe`. MissingStepError where the
+    recipe has none."""
+    if not recipe.cohort.synthetic_cases:
+        run.need(run.split_csv, "02_split")
+    if not run.split_csv.exists():
+        open_run(run, recipe)
+        cases = find_cases(get_cohort(run), recipe.inputs)
+        write_table(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]), run.cohort_csv)
+        write_table(split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
+    return run
 
 
 def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
