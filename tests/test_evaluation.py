@@ -12,9 +12,9 @@ from wmhlib import evaluation
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
 from wmhlib.errors import InputError
 from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
+from wmhlib.nifti import load_mask, load_volume
 from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
-from wmhlib.volumes import load_mask, load_volume
 from wmhlib.workspace import RunFolder, read_table
 
 POINT = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True, zscore_threshold=2.0, unsure_above=0.2, poor_below=0.8)

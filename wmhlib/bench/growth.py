@@ -17,9 +17,10 @@ from .. import hardware
 from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
 from ..network import dtype_of, native_precision
+from ..nifti import save_like
 from ..sections import Operating
 from ..settings import Recipe
-from ..volumes import Case, brain_slices, case_canvas, load_case, save_like
+from ..volumes import Case, brain_slices, case_canvas, load_case
 from . import baselines
 from .measures import CPU, Plan, full_network, search_growth, slab
 from .roofline import fastest, network_flops

@@ -24,13 +24,14 @@ from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
 from ..metrics import challenge_scores, filter_components, lesion_table
 from ..network import WMHNet, dtype_of, load_network, native_precision
+from ..nifti import Volume, save_like
 from ..phantom import make_case, write_cohort
 from ..presets import preset
 from ..search import PER_CASE, search
 from ..sections import Operating
 from ..settings import Recipe
 from ..uncertainty import entropy
-from ..volumes import Case, Volume, brain_slices, case_canvas, load_case, save_like
+from ..volumes import Case, brain_slices, case_canvas, load_case
 from ..workspace import RunFolder
 from . import baselines
 from .roofline import encoder_flops, fastest, part_seconds, points
