@@ -87,7 +87,7 @@ class PromptEngine:
         if not np.isin(kinds, (-1, 0, 1)).all():
             raise InputError(f"labels of points are {', '.join(map(str, np.unique(kinds)))}: expected 1 (inside), 0 (outside) or -1 (none)")
         given = given.reshape(len(given), -1, 2)
-        axis, turn = _axial(case.grid), ornt_transform(case.grid.orientation, LPS).astype(int)
+        axis, turn = case.grid.axis, ornt_transform(case.grid.orientation, LPS).astype(int)
         shape = np.delete(case.grid.shape, axis)
         if number not in range(case.grid.depth) or not ((given >= 0) & (given < shape)).all():
             raise InputError(f"a prompt lies outside of the scan: expected a slice from 0 to {case.grid.depth - 1} and voxels "
@@ -175,10 +175,6 @@ def _box_pixels(boxes: np.ndarray, grid: Grid, size: int) -> Tensor:
     half = np.array([0.5 - 0.5 * width / size, 0.5 - 0.5 * height / size])  # from a voxel's middle to that of its outermost pixel
     ends = _pixels(np.stack([boxes[:, :2] - half, boxes[:, 2:] + half], 1), grid, size)
     return (ends + _MARGIN * size * torch.tensor([[-1], [1]])).clamp(0, size - 1).flatten(1)
-
-
-def _axial(grid: Grid) -> int:
-    return int(np.flatnonzero(grid.orientation[:, 0] == 2)[0])
 
 
 def _to_lps(places: np.ndarray, turn: np.ndarray, shape: np.ndarray) -> np.ndarray:
