@@ -22,7 +22,7 @@ from .errors import CheckpointError, InputError
 from .evaluation import ZERO_SHOT
 from .medsam import PATCH, ImageEncoder, load_checkpoint
 from .metrics import reference_parts
-from .network import base_channel_adapter, dtype_of, native_precision
+from .network import autocast, base_channel_adapter, native_precision
 from .promptable import Prompts, promptable_of, three_channels
 from .settings import Recipe
 from .volumes import Case, case_canvas
@@ -113,18 +113,15 @@ class PromptEngine:
     def _features(self, case: Case, places: Tensor) -> Tensor:
         """The base's map of the slices `places`."""
         x = case_canvas(replace(case, images=case.images[:1]), self.size, places).transpose(0, 1).to(self.device)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             return self.encoder(self.adapter(x) if self.adapter else three_channels(x, self.pixels))
 
     @torch.inference_mode()
     def _ask(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Logits N x size x size and IoU (N) of the prompts on a map, on the CPU."""
-        with self._autocast():
+        with autocast(self.device, self.precision):
             logits, iou = self.promptable(features, prompts.to(self.device))
         return F.interpolate(logits.float(), (self.size, self.size), mode="bilinear")[:, 0].cpu(), iou.float().cpu()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no")
 
 
 def open_base(recipe: Recipe, device: str | torch.device | None = None) -> tuple[PromptEngine | None, str]:

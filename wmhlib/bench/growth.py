@@ -16,7 +16,7 @@ import torch
 from .. import hardware
 from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
-from ..network import dtype_of, native_precision
+from ..network import autocast, native_precision
 from ..nifti import save_like
 from ..sections import Operating
 from ..settings import Recipe
@@ -80,7 +80,7 @@ def resolution_growth(recipe: Recipe, sizes: Sequence[int]) -> Iterator[dict]:
     plain, ours = (full_network(recipe).for_inference(kind).encoder for kind in ("no", precision))
 
     def run(encoder, image, kind: str = "no") -> None:
-        with torch.inference_mode(), torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with torch.inference_mode(), autocast("cpu", kind):
             encoder(image)
 
     for px in sizes:

@@ -23,7 +23,7 @@ from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
 from ..metrics import challenge_scores, filter_components, lesion_table
-from ..network import WMHNet, dtype_of, load_network, native_precision
+from ..network import WMHNet, autocast, dtype_of, load_network, native_precision
 from ..nifti import Volume, save_like
 from ..phantom import make_case, write_cohort
 from ..presets import preset
@@ -101,12 +101,12 @@ def encoder_rows(recipe: Recipe, size: int, repetitions: int) -> list[dict]:
     adapted = {kind: full_network(recipe).cast_frozen(kind).encoder for kind in kinds}
 
     def run(encoder, kind: str) -> Tensor:
-        with torch.inference_mode(), torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with torch.inference_mode(), autocast("cpu", kind):
             return encoder(image)
 
     def gradients(encoder, kind: str) -> dict[str, Tensor]:
         encoder.zero_grad()
-        with torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with autocast("cpu", kind):
             features = encoder(image)
         (features.float() * direction).mean().backward()
         return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
