@@ -41,7 +41,7 @@ from wmhlib.colab import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
+preset: str = "demo"  # recipe, the one of notebook 01
 run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
 out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>

@@ -55,13 +55,13 @@ share: str = "1/1"  # "2/8": this is the second of eight jobs that share the gri
 # %%
 from pathlib import Path
 
-from wmhlib import cohort, compare, minisam, presets, report
+from wmhlib import cohort, compare, download, presets, report
 from wmhlib.bench import claims, compared
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 out, plan = Path(out_dir or f"{root}/compare_{preset}").expanduser(), compare.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
-recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 drawn = compare.numbers(seeds, "seeds") or plan.seeds
 each = f"{plan.each} {overrides}"
 named = compare.systems(methods.split() or plan.methods, compare.numbers(ranks, "ranks") or plan.ranks)

@@ -58,14 +58,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from wmhlib import cohort, distill, fewshot, minisam, modalities, presets, slicestore, training
+from wmhlib import cohort, distill, download, fewshot, minisam, modalities, presets, slicestore, training
 from wmhlib.bench import claims, distilled
 from wmhlib.teacher import choose
 from wmhlib.workspace import RunFolder, read_table, write_table
 
 out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
-recipe = minisam.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed)
 cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv))
 pd.DataFrame({"teacher": vars(job.teacher), "student": vars(job.student)})

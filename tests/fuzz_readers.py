@@ -21,7 +21,7 @@ from fuzz_inputs import (
     weights_input,
 )
 
-from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, splits, storage, volumes
+from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, nifti, splits, storage, volumes
 from wmhlib.errors import CheckpointError
 from wmhlib.network import load_network
 from wmhlib.sections import Inputs
@@ -34,7 +34,7 @@ def _read_scan(path: Path, seeds: Seeds) -> None:
     shown = volumes.case_canvas(case, 32)
     back = canvas.from_canvas(shown[0], case.grid)
     assert back.shape == case.volume.data.shape and np.isfinite(back).all()
-    saved = volumes.save_like(case.inner.astype(np.uint8), case.volume, path.with_name("saved.nii.gz"))
+    saved = nifti.save_like(case.inner.astype(np.uint8), case.volume, path.with_name("saved.nii.gz"))
     assert np.array_equal(np.asarray(nibabel.load(saved).dataobj), case.inner)
     saved.unlink()
 
@@ -43,8 +43,8 @@ def _read_mask(path: Path, seeds: Seeds) -> None:
     good = path.with_name("good.nii")
     good.write_bytes(seeds.scans[0])
     try:
-        like = volumes.load_volume(good)
-        mask = volumes.load_mask(path, like)
+        like = nifti.load_volume(good)
+        mask = nifti.load_mask(path, like)
         assert mask.dtype == np.uint8 and mask.shape == like.data.shape and set(np.unique(mask)) <= {0, 1, 2}
         cohort.load_ventricles(str(path), like)
     finally:

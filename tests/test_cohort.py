@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from trees import T1W, atlas, challenge, table
 
-from wmhlib import cohort, volumes
+from wmhlib import cohort, nifti
 from wmhlib.errors import InputError
 from wmhlib.sections import Inputs, Volume
 
@@ -27,7 +27,7 @@ def test_what_cannot_be_a_cohort_is_refused(touch, names, message):
 def case_on_disk(tiny_nifti, lesion=(), other=(), case="Utrecht/1", **scan):
     scan = dict(spacing=(2.0, 1.0, 3.0), axes="LAS") | scan
     flair = tiny_nifti(f"{case}/pre/FLAIR.nii.gz", **scan)
-    mask = np.zeros(volumes.load_volume(flair).data.shape, np.uint8)
+    mask = np.zeros(nifti.load_volume(flair).data.shape, np.uint8)
     mask.flat[list(lesion)], mask.flat[list(other)] = 1, 2
     tiny_nifti(f"{case}/wmh.nii.gz", **scan | {"data": mask})
     return cohort.find_cases(flair.parents[2])
@@ -110,7 +110,7 @@ def test_a_ventricle_mask_is_used_on_the_grid_of_its_scan_alone(tiny_nifti, tmp_
     ventricles.flat[106:130] = 43
     path = tiny_nifti("Utrecht/1/ventricles.nii.gz", spacing=(2.0, 1.0, 3.0), axes="LAS", data=ventricles)
     cases = cohort.find_cases(tmp_path)
-    flair = volumes.load_volume(cases.flair[0])
+    flair = nifti.load_volume(cases.flair[0])
     assert np.array_equal(cohort.load_ventricles(cases.ventricles[0], flair), ventricles > 0) and cohort.load_ventricles("", flair) is None
     assert "40% of the lesion voxels lie in the ventricle mask" in cohort.check_cases(cases).warnings[0]
     tiny_nifti("Utrecht/1/ventricles.nii.gz", shape=(24, 28, 9), data=ventricles[..., :9])

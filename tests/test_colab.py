@@ -251,7 +251,7 @@ def test_a_missing_secret_is_a_step_to_take(colab, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     answer = fetch.requests.Response()
     answer.status_code, answer.url, answer.raw = 401, "https://www.kaggle.com", io.BytesIO()
-    monkeypatch.setattr(download, "_kaggle", lambda dataset: lambda headers: answer.raise_for_status())
+    monkeypatch.setattr(download, "_kaggle", lambda: lambda headers: answer.raise_for_status())
     with pytest.raises(WMHError, match="KAGGLE_API_TOKEN .*Colab's secrets .*notebook access on"):
         download.fetch_kaggle(tmp_path)
 

@@ -13,7 +13,7 @@ from wmhlib.distill import feature_loss, mask_loss
 from wmhlib.embeddings import cached
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.medsam import build_encoder, read_state
-from wmhlib.promptable import load_promptable, three_channels
+from wmhlib.promptable import promptable_of, three_channels
 from wmhlib.quantised import weight_bytes
 from wmhlib.slicestore import CaseSlices
 from wmhlib.teacher import PRESETS, Teacher, choose
@@ -120,7 +120,7 @@ def test_the_students_file_is_a_base_with_the_teachers_other_parts(taught, data)
     state, teacher = read_state(path), Teacher(SMOKE)
     assert all(torch.equal(value, state[f"image_encoder.{name}"].float()) for name, value in encoder.state_dict().items())
     assert all(value.dtype == (torch.float16 if value.dim() > 1 else torch.float32) for value in state.values())
-    for name, value in load_promptable(path).state_dict().items():
+    for name, value in promptable_of(state, path).state_dict().items():
         assert torch.equal(value.half(), teacher.promptable.state_dict()[name].half())
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["wmhlib"])["teacher"] == teacher.sha256

@@ -21,7 +21,6 @@ from wmhlib import (
     presets,
     report,
     search,
-    splits,
     suite,
     training,
     vessels,
@@ -40,11 +39,7 @@ OVERRIDES = ("inputs.modalities=['red','green','blue'] inputs.img_size=32 split.
 def image_run(tmp_path_factory):
     """Cohort, split, training and operating point of five tiny images, as notebooks 01 to 04 make them: the run folder."""
     recipe = presets.preset("smoke", OVERRIDES)
-    run = download.open_run(RunFolder(tmp_path_factory.mktemp("runs") / "vessels"), recipe)
-    cases = cohort.find_cases(download.get_cohort(run))
-    checked = cases.merge(cohort.check_cases(cases, recipe.inputs), on=["case", "site"])
-    write_table(checked, run.cohort_csv)
-    write_table(splits.split_cases(read_table(run.cohort_csv), recipe), run.split_csv)
+    run = download.prepare(RunFolder(tmp_path_factory.mktemp("runs") / "vessels"), recipe)
     training.fit(run, progress=False)
     table, validation = search.search(WMHInferenceEngine.from_run(run).cases(run, "val", progress=False), recipe.operating)
     write_table(table, run.search_csv)

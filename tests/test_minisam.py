@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wmhlib import cohort, minisam, suite, teacher
+from wmhlib import minisam, suite, teacher
 from wmhlib.bench import distilled
-from wmhlib.errors import MissingStepError, RecipeError
+from wmhlib.errors import RecipeError
 from wmhlib.losses import dice_loss, total_loss
 from wmhlib.presets import preset
 from wmhlib.sections import Inputs
@@ -41,14 +41,6 @@ def test_dice_of_scans_is_that_of_each_test_case(new_run, monkeypatch):
     table = minisam.scan_dice(runs)
     assert table.case.tolist() == runs["all"].cases().query("split == 'test'").case.tolist()
     assert table["all"].eq(1).all() and table.nothing.eq(0).all()
-
-
-def test_a_run_without_cases_gets_those_of_its_recipe(tmp_path):
-    recipe = preset("smoke", "cohort.synthetic_cases=3 cohort.scale=4.0")
-    run = minisam.prepare(RunFolder(tmp_path / "run"), recipe)
-    before = run.split_csv.read_bytes()
-    assert len(run.cases()) == 3 and cohort.describe(read_table(run.cohort_csv)) == "synthetic cases"
-    assert minisam.prepare(run, recipe).split_csv.read_bytes() == before
 
 
 def test_every_preset_of_the_distillation_has_a_plan_and_a_recipe():
@@ -86,8 +78,3 @@ def test_the_notebook_leaves_student_adapters_tables_and_figures(tmp_path, capsy
     assert RunFolder(out / "student").recipe().encoder.bits == 4
     table = read_table(out / "claims.csv")
     assert {"student", "teacher", "vit_h"} <= set(table.student) and table.dice.notna().sum() == 1
-
-
-def test_without_a_cohort_of_its_own_a_run_is_to_be_prepared_first(tmp_path):
-    with pytest.raises(MissingStepError, match="split.csv is missing: run notebook 02_split first"):
-        minisam.prepare(RunFolder(tmp_path / "run"), preset("stroke"))

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from wmhlib.errors import CheckpointError, InputError
+from wmhlib.medsam import read_state
 from wmhlib.promptable import (
     Promptable,
     Prompts,
     draw_prompts,
-    load_promptable,
     mask_boxes,
-    read_state,
+    promptable_of,
     sam_modeling,
     three_channels,
 )
@@ -23,9 +23,9 @@ MLP = 64
 
 def mixed() -> Prompts:
     """A box on each of two images, and points, some padding, on two."""
-    boxes = Prompts.of_boxes(torch.tensor([0, 2]), torch.tensor([[3, 4, 50, 60], [10.5, 10, 20, 20]]))
+    boxes = Prompts.of_boxes(torch.tensor([0, 2]), torch.tensor([[3, 4, 50, 60], [10.5, 10, 20, 20]])).padded(4)
     points = Prompts.of_points(torch.tensor([1, 0]), 60 * torch.rand(2, 3, 2), torch.tensor([[1, 1, 0], [1, -1, -1]]))
-    return boxes.joined(points)
+    return Prompts(*(torch.cat([getattr(part, name) for part in (boxes, points)]) for name in ("image", "points", "labels")))
 
 
 @pytest.mark.parametrize("h, w", [(4, 4), (3, 5)])
@@ -68,7 +68,7 @@ def test_an_aligned_decoder_attends_where_the_prompt_points():
     assert rank(plain.aligned().mask_decoder.transformer.layers[0].cross_attn_token_to_image) < 3
 
 
-def test_prompts_of_different_kinds_keep_their_places_when_joined_and_taken_apart():
+def test_prompts_of_different_kinds_keep_their_places_when_padded_and_taken_apart():
     prompts = mixed()
     assert prompts.labels.tolist() == [[2, 3, -1, -1], [2, 3, -1, -1], [1, 1, 0, -1], [1, -1, -1, -1]]
     assert prompts.image.tolist() == [0, 2, 1, 0] and len(prompts[1:3]) == 2 and prompts[prompts.image == 0].labels[1, 0] == 1
@@ -120,25 +120,26 @@ def test_a_base_file_gives_its_prompt_parts_back(tmp_path, suffix, masks):
     state = {**Promptable(4, MLP, masks).state_dict(), "image_encoder.pos_embed": torch.zeros(1)}
     path = tmp_path / f"base{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    loaded = load_promptable(path)
-    assert not loaded.training and read_state(path).keys() == state.keys()
+    loaded = promptable_of(read_state(path), path)
+    assert not loaded.training
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
-def test_a_file_that_does_not_fit_lists_every_key(tmp_path):
+def test_a_file_that_does_not_fit_lists_every_key():
     state = Promptable(4, MLP).state_dict()
     state["mask_decoder.extra"] = state.pop("mask_decoder.iou_token.weight")
     state["prompt_encoder.no_mask_embed.weight"] = torch.zeros(2, 256)
-    save_file(state, tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError, match=r"missing mask_decoder.iou_token.weight; unexpected mask_decoder.extra; .*no_mask_embed.weight is \(2, 256\), expected \(1, 256\)"):
-        load_promptable(tmp_path / "base.safetensors")
-    save_file({"image_encoder.pos_embed": torch.zeros(1)}, tmp_path / "encoder.safetensors")
+        promptable_of(state, "base.safetensors")
     with pytest.raises(CheckpointError, match="holds no prompt encoder and mask decoder"):
-        load_promptable(tmp_path / "encoder.safetensors")
+        promptable_of({"image_encoder.pos_embed": torch.zeros(1)}, "encoder.safetensors")
+
+
+def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "damaged.pth").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="damaged"):
-        load_promptable(tmp_path / "damaged.pth")
+        read_state(tmp_path / "damaged.pth")
 
 
 def test_slices_become_three_equal_channels_from_0_to_1():

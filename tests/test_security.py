@@ -16,11 +16,11 @@ from wmhlib import bids, evaluation, medsam, provenance
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
 from wmhlib.network import load_network
+from wmhlib.nifti import load_volume
 from wmhlib.presets import preset
 from wmhlib.sections import Encoder
 from wmhlib.settings import Recipe
 from wmhlib.trained import weights_bytes
-from wmhlib.volumes import load_volume
 from wmhlib.workspace import RunFolder, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
 
 
 def test_a_scan_that_unpacks_without_end_is_refused_before_it_fills_memory(tmp_path, tiny_nifti, monkeypatch):
-    monkeypatch.setattr("wmhlib.volumes._MAX_VOXELS", 1 << 20)
+    monkeypatch.setattr("wmhlib.nifti.MAX_VOXELS", 1 << 20)
     content = bytearray(tiny_nifti("a.nii").read_bytes()[:352])
     content[348] = 1
     struct.pack_into("<f", content, 108, 1e9)

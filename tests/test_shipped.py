@@ -10,7 +10,7 @@ from wmhlib import medsam, shipped
 from wmhlib.errors import CheckpointError, InputError, MissingStepError
 from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
-from wmhlib.promptable import load_promptable
+from wmhlib.promptable import promptable_of
 from wmhlib.sections import SHIPPED, Adapter, Encoder, Inputs, Pretext
 from wmhlib.trained import weights_bytes
 from wmhlib.workspace import MINISAM, RunFolder, write_atomic, write_table
@@ -40,7 +40,7 @@ def test_a_network_on_the_base_begins_where_the_base_ended(base):
 
 def test_prompts_of_the_base_are_read_as_those_of_sam(base):
     network, path = base
-    promptable = load_promptable(path)
+    promptable = promptable_of(medsam.read_state(path), path)
     for name, value in promptable.state_dict().items():
         torch.testing.assert_close(value, network.pretext.promptable.state_dict()[name], atol=1e-3, rtol=1e-3)
 
@@ -107,6 +107,6 @@ def test_the_weights_that_come_with_the_suite_are_whole_and_small():
     run = MINISAM
     network, _ = load_network(run.best)
     assert network.recipe == run.recipe() and network.recipe.encoder == replace(preset("demo").encoder) != Encoder()
-    assert run.point()["n"] > 0 and load_promptable(medsam.BASE)
+    assert run.point()["n"] > 0 and promptable_of(medsam.read_state(medsam.BASE), medsam.BASE)
     assert sum(path.stat().st_size for path in run.path.rglob("*")) <= 12 * 2**20 and (run.path / "README.md").exists()
     assert all((run.figures / f"{name}.png").exists() for name in ("training_curves", "search_heatmap"))  # a report on other cases shows them

@@ -41,10 +41,6 @@ def layer(top, rank, into=7, out=12):
     return Spectral(nn.Linear(into, out).requires_grad_(False), top, rank)
 
 
-def layers(net):
-    return [module for module in net.modules() if isinstance(module, Spectral)]
-
-
 def from_the_equation(spectral, matrix):
     """W' as the papers write it, from an SVD of its own and with a gradient."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)

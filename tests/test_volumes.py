@@ -7,19 +7,9 @@ import torch
 
 from wmhlib.canvas import from_canvas, mask_canvas, to_canvas
 from wmhlib.errors import InputError
+from wmhlib.nifti import load_mask, load_volume, save_like
 from wmhlib.sections import Inputs
-from wmhlib.volumes import (
-    AIR,
-    BRIGHTEST,
-    brain_slices,
-    case_canvas,
-    load_case,
-    load_mask,
-    load_volume,
-    normalise,
-    reorient,
-    save_like,
-)
+from wmhlib.volumes import AIR, BRIGHTEST, brain_slices, case_canvas, load_case, normalise, reorient
 
 AFFINES = {
     "RAS": np.diag([1.0, 1.0, 3.0, 1.0]), "LAS": np.diag([-0.9, 0.9, 6.0, 1.0]), "LPS": np.diag([-1.2, -1.0, 3.0, 1.0]),

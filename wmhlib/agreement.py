@@ -20,7 +20,7 @@ SIZES_MM3 = (14.0, 65.0, 524.0)
 BINS = 15  # of probability, as Guo et al. 2017
 
 
-def bootstrap_ci(values, seed: int, n: int = RESAMPLES, level: float = 0.95) -> tuple[float, float, float, int]:
+def bootstrap_ci(values, seed: int, n: int = RESAMPLES) -> tuple[float, float, float, int]:
     """Mean of `values` over cases, low and high of its bootstrap interval, and how many NaNs were left out.
 
     `n` resamples of the cases, percentiles expanded for their number (Hesterberg 2015, doi 10.1080/00031305.2015.1089789,
@@ -32,13 +32,13 @@ def bootstrap_ci(values, seed: int, n: int = RESAMPLES, level: float = 0.95) -> 
     if len(finite) < FEWEST_CASES:
         return (float(finite.mean()) if len(finite) else np.nan), np.nan, np.nan, nans
     draws = np.random.default_rng(seed).integers(len(finite), size=(n, len(finite)))
-    low, high = np.quantile(finite[draws].mean(axis=1), _tails(len(finite), level))
+    low, high = np.quantile(finite[draws].mean(axis=1), _tails(len(finite)))
     return float(finite.mean()), float(low), float(high), nans
 
 
-def _tails(n: int, level: float = 0.95) -> tuple[float, float]:
+def _tails(n: int) -> tuple[float, float]:
     """The expanded percentiles of a bootstrap over `n` cases: as wide as t is against the normal distribution."""
-    low = float(scipy.stats.norm.cdf(-np.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + level) / 2, n - 1)))
+    low = float(scipy.stats.norm.cdf(-np.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.975, n - 1)))
     return low, 1 - low
 
 

@@ -12,8 +12,9 @@ from . import images
 from .engine import WMHInferenceEngine
 from .errors import InputError
 from .metrics import chosen, components
+from .nifti import save_like
 from .uncertainty import case_uncertainty
-from .volumes import load_case, save_like
+from .volumes import load_case
 from .workspace import write_table
 
 TABLE = "images.csv"

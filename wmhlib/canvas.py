@@ -26,9 +26,14 @@ class Grid:
     rows: tuple[int, int]
 
     @property
+    def axis(self) -> int:
+        """The one of the array along which axial slices follow each other."""
+        return int(np.flatnonzero(self.orientation[:, 0] == 2)[0])
+
+    @property
     def depth(self) -> int:
         """Axial slices."""
-        return self.shape[int(np.flatnonzero(self.orientation[:, 0] == 2)[0])]
+        return self.shape[self.axis]
 
 
 def to_canvas(array: np.ndarray, grid: Grid, size: int, fill: float = 0.0, places: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import images, layouts, volumes
+from . import images, layouts, nifti, volumes
 from .errors import InputError
 from .sections import Inputs, Volume
 from .volumetric.boxes import box_labels, place_box
@@ -88,7 +88,7 @@ def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volum
     return pd.DataFrame(checked)
 
 
-def load_ventricles(path: str, like: volumes.Volume) -> np.ndarray | None:
+def load_ventricles(path: str, like: nifti.Volume) -> np.ndarray | None:
     """The ventricle mask at `path` (every voxel above 0), bool H x W x D; None where there is none that can be read on the grid
     of `like` (`check_cases` warns of those)."""
     mask, _ = _beside(path, like)
@@ -99,9 +99,9 @@ def examples(cases: pd.DataFrame) -> list[dict]:
     """The first case of each site (of eight sites at most), or the first eight images, read for `figures.cohort_figure`: case, site, flair,
     affine, reference (0, 1, 2), image (whether it is one)."""
     shown = cases if cases["flair"].map(images.is_image).all() else cases.groupby("site").head(1)
-    loaded = [(row, volumes.load_volume(row["flair"])) for row in shown.head(8).to_dict("records")]
+    loaded = [(row, nifti.load_volume(row["flair"])) for row in shown.head(8).to_dict("records")]
     return [{"case": row["case"], "site": row["site"], "flair": flair.data, "affine": flair.affine,
-             "reference": volumes.load_mask(row["mask"], like=flair), "image": images.is_image(row["flair"])} for row, flair in loaded]
+             "reference": nifti.load_mask(row["mask"], like=flair), "image": images.is_image(row["flair"])} for row, flair in loaded]
 
 
 def describe(cases: pd.DataFrame, inputs: Inputs | None = None) -> str:
@@ -172,26 +172,26 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) 
             "warnings": "; ".join(notes)}
 
 
-def _codes(flair: volumes.Volume) -> str:
+def _codes(flair: nifti.Volume) -> str:
     return "".join(nibabel.aff2axcodes(flair.affine))
 
 
-def _beside(path: str, flair: volumes.Volume) -> tuple[volumes.Volume | None, str]:
+def _beside(path: str, flair: nifti.Volume) -> tuple[nifti.Volume | None, str]:
     """The image at `path` if it lies on the FLAIR's grid, or what keeps it from being used ("" where there is none)."""
     if not path:
         return None, ""
     try:
-        other = volumes.load_volume(path)
+        other = nifti.load_volume(path)
     except InputError:
         return None, "cannot be read or is empty"
     try:
-        volumes.check_grid(path, other.image, flair)
+        nifti.check_grid(path, other.image, flair)
     except InputError:
         return None, "lies on another grid than the scan"
     return other, ""
 
 
-def _t1_notes(t1: str, flair: volumes.Volume) -> list[str]:
+def _t1_notes(t1: str, flair: nifti.Volume) -> list[str]:
     _, misfit = _beside(t1, flair)
     return [f"T1 {misfit}: register it before training with it"] if misfit else [] if t1 else ["no T1"]
 
@@ -220,7 +220,7 @@ def _ventricle_notes(path: str, case: volumes.Case) -> list[str]:
     return [f"{share:.0%} of the lesion voxels lie in the ventricle mask"] if share > _SHARED else []
 
 
-def _geometry_notes(flair: volumes.Volume, axial: bool) -> list[str]:
+def _geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
     codes, spacing = _codes(flair), np.array(flair.spacing)
     extent = dict(zip(("LRPAIS".index(code) // 2 for code in codes), spacing * flair.data.shape))
     notes = ["not acquired in axial slices"] if axial and codes[2] not in "SI" else []

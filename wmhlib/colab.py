@@ -21,15 +21,15 @@ from .workspace import REPOSITORY, version
 _DRIVE = Path("/content/drive")
 
 
-def bootstrap(requirements: str | Path = REPOSITORY / "requirements.txt") -> str:
+def bootstrap() -> str:
     """The default folder for runs. In Colab it also mounts Drive, says if there is no GPU, lets other processes import the library, and
-    installs the distributions of `requirements` that are missing or too old; all others stay as they are, since a session that loses its
+    installs the distributions of requirements.txt that are missing or too old; all others stay as they are, since a session that loses its
     own breaks."""
     if not _in_colab():
         return "runs"
     paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # for the processes that the library starts: nothing is installed there
-    missing = _missing(Path(requirements).read_text())
+    missing = _missing((REPOSITORY / "requirements.txt").read_text())
     if missing:
         _install(missing)
     _say_without_gpu()

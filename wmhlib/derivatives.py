@@ -32,9 +32,10 @@ from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
 from .layouts import stem
 from .metrics import chosen, lesion_table, volume_ml
+from .nifti import Volume, load_mask, load_volume, save_like
 from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
-from .volumes import Volume, load_case, load_mask, load_volume, save_like
+from .volumes import load_case
 from .workspace import RunFolder, natural, sha256, write_atomic, write_table
 
 TABLE, INDEX = bids.TABLE, bids.INDEX

@@ -24,7 +24,7 @@ from .embeddings import Embeddings, cached
 from .epochs import learning_rate
 from .errors import InputError, WMHError
 from .medsam import build_encoder
-from .network import dtype_of, native_precision
+from .network import autocast, native_precision
 from .pretext import draw_parts
 from .promptable import draw_prompts
 from .slicestore import CaseSlices
@@ -180,7 +180,7 @@ class _Job:
         settings = self.settings
         images, labels = self._slices(places)
         target, seen = self.kept[places].to(self.device), self._sized(self._three(images))
-        with self._autocast():
+        with autocast(self.device, self.precision):
             features = self.student(seen)
         feature = feature_loss(features, target, self.mean, self.std, settings.feature)
         if settings.alpha == 1:
@@ -189,7 +189,7 @@ class _Job:
             return [settings.alpha * feature, feature, feature.new_zeros(())], None
         objects, owner = draw_parts(labels, generator, settings.prompts)
         prompts = draw_prompts(objects, owner, generator).to(self.device)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             student = self.teacher.promptable(_resized(features, target.shape[-1]), prompts)[0]
             with torch.no_grad():
                 teacher = self.teacher.promptable(target, prompts)[0]
@@ -210,15 +210,12 @@ class _Job:
     @torch.no_grad()
     def _embed(self, places: range) -> Tensor:
         images = self._three(self._slices(list(places))[0])
-        with self._autocast():
+        with autocast(self.device, self.precision):
             return self.teacher.encoder(images)
 
     def _sized(self, x: Tensor) -> Tensor:
         side = self.settings.student_px or x.shape[-1]
         return x if side == x.shape[-1] else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no")
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

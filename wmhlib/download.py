@@ -15,6 +15,7 @@ from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
 from .errors import InputError, RecipeError
 from .settings import Recipe
+from .splits import split_cases
 from .workspace import RunFolder, read_json, read_table, write_atomic, write_table
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
@@ -34,6 +35,19 @@ def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
         raise RecipeError(f"preset {recipe.name!r} adapts a trained encoder and none is named: set medsam to 'zenodo' or to a "
                           "checkpoint file (encoder.random=true trains on random weights)")
     return run.open(recipe)
+
+
+def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
+    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of a synthetic cohort of `recipe`. MissingStepError where the
+    recipe has none."""
+    if not recipe.cohort.synthetic_cases:
+        run.need(run.split_csv, "02_split")
+    if not run.split_csv.exists():
+        open_run(run, recipe)
+        cases = find_cases(get_cohort(run), recipe.inputs)
+        write_table(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]), run.cohort_csv)
+        write_table(split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
+    return run
 
 
 def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
@@ -90,7 +104,7 @@ def fetch_medsam(folder: str | Path) -> Path:
     return fetch.retrieve(fetch.Session().ask(MEDSAM_URL), target, f"md5:{medsam.MEDSAM_MD5}", dict.fromkeys((401, 403, 404), step))
 
 
-def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET, t1: bool = False) -> None:
+def fetch_kaggle(folder: str | Path, t1: bool = False) -> None:
     """FLAIR and mask (and T1) of each case of the challenge's Kaggle mirror into `folder`.
 
     Credentials: KAGGLE_API_TOKEN (the token, or a file that holds it), else KAGGLE_USERNAME and KAGGLE_KEY, each from the
@@ -98,10 +112,10 @@ def fetch_kaggle(folder: str | Path, dataset: str = KAGGLE_DATASET, t1: bool = F
     one zip file, kept only if every checksum in it holds, and only until it is unpacked; asking for `t1` later fetches it again.
     Raises InputError with the next step to take.
     """
-    archive, page = Path(folder).absolute() / f"{dataset.split('/')[1]}.zip", f"https://www.kaggle.com/datasets/{dataset}"
+    archive, page = Path(folder).absolute() / f"{KAGGLE_DATASET.split('/')[1]}.zip", f"https://www.kaggle.com/datasets/{KAGGLE_DATASET}"
     if not _is_unpacked(archive, t1):
         print(f"fetching {page} into {folder}", flush=True)
-        fetch.retrieve(_kaggle(dataset), archive, loads=archives.zip_loads, unpacked=True, steps={
+        fetch.retrieve(_kaggle(), archive, loads=archives.zip_loads, unpacked=True, steps={
             401: "make a token at https://www.kaggle.com/settings (API, 'Generate New Token') and set KAGGLE_API_TOKEN in the "
                  "environment or in Colab's secrets (key icon, notebook access on), or save it as ~/.kaggle/access_token; then run "
                  "this again",
@@ -142,7 +156,7 @@ def fetch_dataverse(folder: str | Path, doi: str = DATAVERSE_DOI, server: str = 
     _need_cases(folder, page)
 
 
-def _kaggle(dataset: str) -> fetch.Ask:
+def _kaggle() -> fetch.Ask:
     # The kaggle package's own HTTP layer: importing the package itself signs in, prints, and may end the process.
     from kagglesdk import KaggleClient
     from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
@@ -150,7 +164,7 @@ def _kaggle(dataset: str) -> fetch.Ask:
     if {"KAGGLE_USERNAME", "KAGGLE_KEY"} <= set(os.environ) and "KAGGLE_API_TOKEN" not in os.environ:
         token = None  # the environment comes before a token among Colab's secrets
     request = ApiDownloadDatasetRequest()
-    request.owner_slug, request.dataset_slug = dataset.split("/")
+    request.owner_slug, request.dataset_slug = KAGGLE_DATASET.split("/")
 
     def ask(headers: dict[str, str]):
         with KaggleClient(username=user, password=key, api_token=token) as client:

@@ -18,7 +18,7 @@ from .canvas import from_canvas, neighbours
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import filter_components, mask_at, reference_parts
-from .network import dtype_of, load_network, native_precision
+from .network import autocast, load_network, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
 from .volumes import Case, brain_slices, case_canvas, load_case
@@ -112,7 +112,7 @@ class WMHInferenceEngine:
 
     @torch.inference_mode()
     def _logits(self, batch: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
+        with autocast(self.device, self.precision):
             return self._network(batch)[0]
 
     def plain_mask(self, case: Case) -> np.ndarray:

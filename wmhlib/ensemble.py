@@ -29,11 +29,11 @@ class Networks(TrainedNet):
 class Ensemble(WMHInferenceEngine):
     """The mean of the probabilities of several engines, usable wherever one is; `recipe` is that of the first.
 
-    Unless `point` says otherwise the operating point has the mean of their thresholds and limits, their largest smallest component, and TTA
+    Its operating point has the mean of their thresholds and limits, their largest smallest component, and TTA
     where one of them has it. Raises InputError for engines that look at other kinds of input.
     """
 
-    def __init__(self, engines: Sequence[WMHInferenceEngine], point: dict | None = None):
+    def __init__(self, engines: Sequence[WMHInferenceEngine]):
         seen = sorted({f"{', '.join(e.recipe.inputs.modalities)} over {e.recipe.inputs.fov:g} mm in {e.recipe.operating.views} views" for e in engines})
         if len(seen) != 1:
             raise InputError(f"an ensemble averages runs on one kind of input: these have {'; '.join(seen) or 'none'} (inputs.modalities, inputs.fov, operating.views)")
@@ -43,7 +43,7 @@ class Ensemble(WMHInferenceEngine):
         points = [engine.point for engine in engines]
         means = {name: float(np.mean([p[name] for p in points])) for name in _MEANS if all(p.get(name) is not None for p in points)}
         largest = {name: max(p[name] for p in points) for name in ("min_voxels", "min_mm3", "tta")}
-        self.point = means | largest | (point or {})
+        self.point = means | largest
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
         found = [engine.predict(case, use_tta) for engine in self.engines]

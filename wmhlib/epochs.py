@@ -25,7 +25,7 @@ from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .ranks import Ranks
 from .sections import Training
 from .settings import Recipe
-from .tasks import task_of
+from .tasks import cut, task_of
 from .trained import TrainedNet
 from .workspace import RunFolder, stable_seed
 
@@ -83,7 +83,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, before: lis
     above half of the first (where a warm restart ends in an overfitted network, it has not come so far)."""
     settings, accelerator = job.recipe.training, job.accelerator
     places = _order(job, cases, epoch)
-    steps = _cut(places, settings.batch_size * settings.accumulation)
+    steps = cut(places, settings.batch_size * settings.accumulation)
     sums = torch.zeros(len(steps), len(job.parts), dtype=torch.float64, device=accelerator.device)
     job.network.train()
     if accelerator.scaler:  # a process without a micro-batch in the first step would not know the scale
@@ -92,7 +92,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, before: lis
         lr = learning_rate(epoch - 1 + (step + 0.5) / len(steps), settings)
         for group in job.optimizer.param_groups:
             group["lr"] = lr
-        micros = _cut(steps[step], settings.batch_size)
+        micros = cut(steps[step], settings.batch_size)
         mine = job.mine(len(micros))
         several = accelerator.num_processes > 1 or len(micros) > 1
         job.statistics.begin()
@@ -120,7 +120,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, before: lis
     means = dict(zip(job.parts, (sums.sum(0) / len(places)).tolist()))
     if before and means["train_loss"] > max(_DIVERGED * min(before), _COLLAPSED * before[0]) and not settings.slices:  # of few slices the loss jumps
         worst = int((sums[:, 0].cpu() / torch.tensor([len(group) for group in steps])).argmax())
-        _stop(job, cases, _cut(steps[worst], settings.batch_size), epoch, worst,
+        _stop(job, cases, cut(steps[worst], settings.batch_size), epoch, worst,
               f"the loss rose to {means['train_loss']:.3g} from {min(before):.3g} in an epoch before")
     return {"lr": lr} | means, len(places)
 
@@ -142,10 +142,6 @@ def _order(job: Job, cases: list, epoch: int) -> _Places:
     places = job.task.places(cases, epoch)
     generator = torch.Generator().manual_seed(stable_seed(job.recipe.seed, "order", epoch))
     return [places[i] for i in torch.randperm(len(places), generator=generator)]
-
-
-def _cut(places: _Places, size: int) -> list[_Places]:
-    return [places[first : first + size] for first in range(0, len(places), size)]
 
 
 def _batch(job: Job, cases: list, micro: _Places, *number: int) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,10 @@ from .metrics import (
     volume_ml,
     voxels,
 )
+from .nifti import load_mask, load_volume, save_like
 from .sections import Operating
 from .slices import head_box, height_mm, to_display
 from .uncertainty import case_uncertainty, entropy, mean_entropy
-from .volumes import load_mask, load_volume, save_like
 from .workspace import RunFolder, write_table
 
 SYSTEMS = ("operating point", "recipe's point", "network at 0.5", "FLAIR z-score")

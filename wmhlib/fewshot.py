@@ -31,7 +31,7 @@ _LINES = {ZERO_SHOT: "--", NONE: ":", ALL: "-."}
 
 
 def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterable[int] = (0, 1), overrides: str = "",
-          folder: str | Path = "", progress: bool = True) -> pd.DataFrame:
+          folder: str | Path = "") -> pd.DataFrame:
     """Train the recipe of `run` on few slices of its training cases, and score its validation and test cases.
 
     Each number of slices and each seed, which draws them, is a run folder of its own in `folder` (<run>/fewshot unless given), trained
@@ -48,7 +48,7 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
     split, network = run.split_text(), WMHNet(recipe)
     if "decoder" in network.started:
         overrides = f"training.lr={recipe.training.lr / 10} {overrides}"
-    for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", disable=not progress, mininterval=5):
+    for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", mininterval=5):
         point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides)).take_cases(run)
         scores = _kept(point.path / "scores.json", split, partial(_trained, point))
         rows.append(dict(system=FEW, slices=count, seed=seed) | scores)

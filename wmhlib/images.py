@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from . import layouts
 from .errors import InputError
+from .tables import table_rows
 
 TABLE = "data_split.csv"  # a folder that holds a table of this name is a set of images
 AFFINE = np.array([[0.0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # rows and columns are shown as they are stored
@@ -46,7 +47,7 @@ def candidates(place: str | Path) -> list[dict]:
     """
     place = Path(place).expanduser().absolute()
     table = place / TABLE
-    lines, columns = layouts.table_rows(table)
+    lines, columns = table_rows(table)
     named = [name for name in columns if name in _NAMES]
     if len(named) != 1 or columns.count("split") != 1:
         raise InputError(f"{table} has the columns {', '.join(columns)}: expected one of {', '.join(_NAMES)} with the images' names, and split")

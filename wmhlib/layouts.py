@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -11,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from .errors import InputError
+from .tables import table_rows
 
 TABLE = "cases.csv"  # a folder that holds a table of this name is read through it
 SUFFIXES = {"flair": "FLAIR", "t1": "T1w"}  # in BIDS, of the contrasts that are segmented
@@ -71,10 +70,10 @@ def stem(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def listed(problems: list[str], most: int = 10) -> str:
-    """The first `most` problems, a line each, and how many more there are."""
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "".join(f"\n  {line}" for line in problems[:most] + more)
+def listed(problems: list[str]) -> str:
+    """The first ten problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {line}" for line in problems[:10] + more)
 
 
 def candidate(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:
@@ -252,26 +251,6 @@ def _table(path: Path, labelled: bool, contrast: str) -> list[dict]:
     if problems:
         print(f"left out {len(problems)} rows of {path}:{listed(problems)}", flush=True)
     return rows
-
-
-def table_rows(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
-    """The rows of a table of text with their line numbers, empty ones left out, and its columns in lower case."""
-    try:
-        return _rows(path.read_text(encoding="utf-8-sig"), delimiter)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}): save it as 'CSV UTF-8'") from None
-    except csv.Error as error:
-        raise InputError(f"{path} is not a table ({error}): save it as 'CSV UTF-8'") from None
-
-
-def _rows(text: str, delimiter: str) -> tuple[list[tuple[int, dict]], list[str]]:
-    delimiter = delimiter or max(",;\t", key=text.partition("\n")[0].count)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # BIDS has no quotes in its tables
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, restval="")
-    reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or []]
-    rows = [(reader.line_num, {name: value.strip() if isinstance(value, str) else value for name, value in row.items()})
-            for row in reader]
-    return [(line, row) for line, row in rows if any(row.values())], columns
 
 
 def _place(folder: Path, name: str) -> Path:

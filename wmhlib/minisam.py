@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import cohort, download, splits
 from .engine import WMHInferenceEngine, plain_dice
 from .presets import planned
 from .sections import Encoder, Loss
 from .settings import Recipe
-from .workspace import RunFolder, read_table, write_table
+from .workspace import RunFolder
 
 RANK = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,20 +48,6 @@ PLAIN_LOSS = Loss(weights=(0.0, 1.0, 1.0), boundary_weight=1.0, scale_weights=(0
 def plan(preset: str) -> Plan:
     """The plan of `preset`; RecipeError for one that has none."""
     return planned(PLANS, preset, "08")
-
-
-def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
-    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of a synthetic cohort of `recipe`. MissingStepError where the
-    recipe has none."""
-    if not recipe.cohort.synthetic_cases:
-        run.need(run.split_csv, "02_split")
-    if not run.split_csv.exists():
-        download.open_run(run, recipe)
-        cases = cohort.find_cases(download.get_cohort(run), recipe.inputs)
-        checked = cases.merge(cohort.check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
-        write_table(checked, run.cohort_csv)
-        write_table(splits.split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
-    return run
 
 
 def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Recipe:

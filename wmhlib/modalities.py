@@ -25,10 +25,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import training
+from .download import prepare
 from .engine import WMHInferenceEngine, plain_dice
 from .errors import CheckpointError, InputError, RecipeError
 from .figures import ORANGE, page
-from .minisam import RANK, prepare
+from .minisam import RANK
 from .network import WMHNet, load_network
 from .settings import Recipe
 from .workspace import RunFolder, sha256, write_atomic, write_table

@@ -154,6 +154,11 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """Mixed precision on `device`: none for "no"."""
+    return torch.autocast(torch.device(device).type, dtype_of(precision), enabled=precision != "no")
+
+
 def build_network(recipe: Recipe) -> TrainedNet:
     """The network of `recipe`: a `WMHNet` of slices, or where it has a `volume.network` a `VolumeNet` of volumes."""
     if not recipe.volume.network:

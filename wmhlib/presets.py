@@ -101,8 +101,7 @@ def planned(plans: dict, name: str, notebook: str):
 
 
 def preset(name: str, overrides: str = "") -> Recipe:
-    """The recipe called `name` ("colab", "lean", "original", "demo", "flair", "base", "smoke", "vessels", "stroke", "stroke-demo",
-    "stroke-smoke"), with `overrides` applied."""
+    """The recipe called `name`, one of PRESETS, with `overrides` applied. RecipeError for another name or an override that cannot be."""
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
     return PRESETS[name].with_overrides(overrides)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError
-from .medsam import CHANNELS, PATCH, check_state, read_state
+from .medsam import CHANNELS, PATCH, check_state
 from .volumes import AIR
 
 BACKGROUND, FOREGROUND, PADDING, CORNERS = 0, 1, -1, (2, 3)  # labels of points, as SAM codes them
+_POINTS = 3  # drawn within a mask, at most
 _SAM_MEAN, _SAM_STD = (0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)  # 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375 of 255
 _PARTS = ("prompt_encoder.", "mask_decoder.")
 _MASKS = "mask_decoder.mask_tokens.weight"
@@ -72,12 +73,6 @@ class Prompts:
         """The same prompts with `size` points each."""
         missing = size - self.labels.shape[1]
         return Prompts(self.image, nn.functional.pad(self.points, (0, 0, 0, missing)), nn.functional.pad(self.labels, (0, missing), value=PADDING))
-
-    def joined(self, *others: Prompts) -> Prompts:
-        """These prompts and those of `others` in one batch."""
-        size = max(p.labels.shape[1] for p in (self, *others))
-        parts = [p.padded(size) for p in (self, *others)]
-        return Prompts(*(torch.cat([getattr(p, name) for p in parts]) for name in ("image", "points", "labels")))
 
     def to(self, device: torch.device | str) -> Prompts:
         return Prompts(self.image.to(device), self.points.to(device), self.labels.to(device))
@@ -146,39 +141,38 @@ def three_channels(x: Tensor, pixels: str = "medsam") -> Tensor:
     return x if pixels == "medsam" else (x - x.new_tensor(_SAM_MEAN).view(3, 1, 1)) / x.new_tensor(_SAM_STD).view(3, 1, 1)
 
 
-def draw_prompts(masks: Tensor, image: Tensor, generator: torch.Generator, boxes: float = 0.5, jitter: float = 0.1, most: int = 3,
-                 outside: float = 0.3) -> Prompts:
+def draw_prompts(masks: Tensor, image: Tensor, generator: torch.Generator, boxes: float = 0.5, outside: float = 0.3) -> Prompts:
     """One prompt for each mask, as SAM draws them in training: a box, or points.
 
     masks: bool N x S x S, none of them empty (else InputError); image: N. `boxes`: the chance of a box, whose every side is
-    moved by a normal deviate of `jitter` of its length and half a pixel, at most S/50; else 1 to `most` points within the mask and,
+    moved by a normal deviate of a tenth of its length and half a pixel, at most S/50; else 1 to 3 points within the mask and,
     with chance `outside`, one near it that is not. One set of numbers is drawn from `generator` whatever the masks are.
     """
     n, size = len(masks), masks.shape[-1]
     counts = masks.flatten(1).sum(1)
     if n and int(counts.min()) == 0:
         raise InputError(f"mask {int(counts.argmin())} of {n} is empty: expected an object to draw prompts for")
-    draw = torch.rand(n, 3 + 3 * most, generator=generator, device=generator.device).to(masks.device)
+    draw = torch.rand(n, 3 + 3 * _POINTS, generator=generator, device=generator.device).to(masks.device)
     noise = torch.randn(n, 4, generator=generator, device=generator.device).to(masks.device)
     tight = mask_boxes(masks)
     sides = (tight[:, 2:] - tight[:, :2] + 1).repeat(1, 2)
-    loose = (tight + (noise * (jitter * sides + 0.5)).clamp(-size / 50, size / 50)).clamp(0, size - 1)
+    loose = (tight + (noise * (0.1 * sides + 0.5)).clamp(-size / 50, size / 50)).clamp(0, size - 1)
     loose = torch.cat([torch.minimum(loose[:, :2], loose[:, 2:]), torch.maximum(loose[:, :2], loose[:, 2:])], 1)
 
     pixels = masks.reshape(-1).nonzero()[:, 0]
-    ranks = (draw[:, 3 : 3 + most] * counts[:, None]).long().clamp_max(counts[:, None] - 1)
+    ranks = (draw[:, 3 : 3 + _POINTS] * counts[:, None]).long().clamp_max(counts[:, None] - 1)
     inside = pixels[(counts.cumsum(0) - counts)[:, None] + ranks] % (size * size)
     inside = torch.stack([inside % size, inside // size], -1).float()
 
-    spread = draw[:, 3 + most :].unflatten(1, (most, 2))
+    spread = draw[:, 3 + _POINTS :].unflatten(1, (_POINTS, 2))
     near = (tight[:, None, :2] + (spread * 2 - 0.5) * sides[:, None, :2]).round().clamp(0, size - 1)
     off = ~masks[torch.arange(n, device=masks.device)[:, None], near[..., 1].long(), near[..., 0].long()]
     chosen = off.int().argmax(1)
     wrong = near[torch.arange(n, device=masks.device), chosen][:, None]
     told = off.any(1) & (draw[:, 1] < outside)
 
-    count = 1 + (draw[:, 2] * most).long().clamp_max(most - 1)
-    labels = torch.where(torch.arange(most, device=masks.device) < count[:, None], FOREGROUND, PADDING)
+    count = 1 + (draw[:, 2] * _POINTS).long().clamp_max(_POINTS - 1)
+    labels = torch.where(torch.arange(_POINTS, device=masks.device) < count[:, None], FOREGROUND, PADDING)
     labels = torch.cat([labels, torch.where(told, BACKGROUND, PADDING)[:, None]], 1)
     points = Prompts.of_points(image, torch.cat([inside, wrong], 1), labels)
     box = Prompts.of_boxes(image, loose).padded(points.labels.shape[1])
@@ -194,16 +188,9 @@ def mask_boxes(masks: Tensor, margin: int = 0) -> Tensor:
     return (boxes + torch.tensor([[-margin], [margin]], device=masks.device)).clamp(0, size - 1).flatten(1)
 
 
-def load_promptable(path: str | Path) -> Promptable:
-    """The prompt encoder and mask decoder of a SAM, MedSAM or shipped base file (.pth or .safetensors), in evaluation mode.
-
-    Raises CheckpointError listing every missing, unexpected and misshapen key.
-    """
-    return promptable_of(read_state(path), path)
-
-
 def promptable_of(state: dict[str, Tensor], source: str | Path) -> Promptable:
-    """The same from the tensors of the file `source` by name, whatever else is among them."""
+    """The prompt encoder and mask decoder, in evaluation mode, from the tensors by name of the SAM, MedSAM or shipped base file `source`
+    (`medsam.read_state`), whatever else is among them. Raises CheckpointError listing every missing, unexpected and misshapen key."""
     state = {key: value for key, value in state.items() if key.startswith(_PARTS)}
     if missing := [key for key in (_WIDTH, _MASKS) if key not in state]:
         raise CheckpointError(f"checkpoint {source} holds no prompt encoder and mask decoder: missing {', '.join(missing)}; expected a file of SAM or MedSAM")

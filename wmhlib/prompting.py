@@ -22,7 +22,7 @@ from .errors import CheckpointError, InputError
 from .evaluation import ZERO_SHOT
 from .medsam import PATCH, ImageEncoder, load_checkpoint
 from .metrics import reference_parts
-from .network import base_channel_adapter, dtype_of, native_precision
+from .network import autocast, base_channel_adapter, native_precision
 from .promptable import Prompts, promptable_of, three_channels
 from .settings import Recipe
 from .volumes import Case, case_canvas
@@ -87,7 +87,7 @@ class PromptEngine:
         if not np.isin(kinds, (-1, 0, 1)).all():
             raise InputError(f"labels of points are {', '.join(map(str, np.unique(kinds)))}: expected 1 (inside), 0 (outside) or -1 (none)")
         given = given.reshape(len(given), -1, 2)
-        axis, turn = _axial(case.grid), ornt_transform(case.grid.orientation, LPS).astype(int)
+        axis, turn = case.grid.axis, ornt_transform(case.grid.orientation, LPS).astype(int)
         shape = np.delete(case.grid.shape, axis)
         if number not in range(case.grid.depth) or not ((given >= 0) & (given < shape)).all():
             raise InputError(f"a prompt lies outside of the scan: expected a slice from 0 to {case.grid.depth - 1} and voxels "
@@ -113,18 +113,15 @@ class PromptEngine:
     def _features(self, case: Case, places: Tensor) -> Tensor:
         """The base's map of the slices `places`."""
         x = case_canvas(replace(case, images=case.images[:1]), self.size, places).transpose(0, 1).to(self.device)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             return self.encoder(self.adapter(x) if self.adapter else three_channels(x, self.pixels))
 
     @torch.inference_mode()
     def _ask(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Logits N x size x size and IoU (N) of the prompts on a map, on the CPU."""
-        with self._autocast():
+        with autocast(self.device, self.precision):
             logits, iou = self.promptable(features, prompts.to(self.device))
         return F.interpolate(logits.float(), (self.size, self.size), mode="bilinear")[:, 0].cpu(), iou.float().cpu()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no")
 
 
 def open_base(recipe: Recipe, device: str | torch.device | None = None) -> tuple[PromptEngine | None, str]:
@@ -175,10 +172,6 @@ def _box_pixels(boxes: np.ndarray, grid: Grid, size: int) -> Tensor:
     half = np.array([0.5 - 0.5 * width / size, 0.5 - 0.5 * height / size])  # from a voxel's middle to that of its outermost pixel
     ends = _pixels(np.stack([boxes[:, :2] - half, boxes[:, 2:] + half], 1), grid, size)
     return (ends + _MARGIN * size * torch.tensor([[-1], [1]])).clamp(0, size - 1).flatten(1)
-
-
-def _axial(grid: Grid) -> int:
-    return int(np.flatnonzero(grid.orientation[:, 0] == 2)[0])
 
 
 def _to_lps(places: np.ndarray, turn: np.ndarray, shape: np.ndarray) -> np.ndarray:

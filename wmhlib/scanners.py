@@ -15,7 +15,7 @@ from .anatomy import AIR, BONE, CSF, FAT, FLUID, GLAND, MARROW, MUSCLE
 from .scan import Anatomy, Case, Scan, Site
 from .workspace import stable_seed
 
-CSF_LABEL, GREY_LABEL, WHITE_LABEL, BONE_LABEL, SOFT_LABEL = range(3, 8)  # of `Case.tissue`, above the mask's 0, 1, 2
+CSF_LABEL, BONE_LABEL, SOFT_LABEL = 3, 6, 7  # of `Case.tissue`, above the mask's 0, 1, 2; grey and white matter follow CSF
 _VERTEX = 76  # mm, MNI height
 
 

@@ -33,14 +33,14 @@ def height_mm(affine: np.ndarray, shape, z: int) -> float:
     return float(apply_affine(affine, middle)[2])
 
 
-def head_box(image: np.ndarray, margin: int = 4) -> tuple[slice, slice]:
-    """The rows and columns of a slice that show the head."""
+def head_box(image: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of a slice that show the head, and four around."""
     box = []
     for axis in (1, 0):
         share = _bright(image).mean(axis)
         found = np.flatnonzero(share > 0.04)
         low, high = (found[0], found[-1] + 1) if len(found) else (0, len(share))
-        box.append(slice(max(0, low - margin), high + margin))
+        box.append(slice(max(0, low - 4), high + 4))
     return tuple(box)
 
 
@@ -72,27 +72,27 @@ def outline(ax, mask: np.ndarray, colour: str, style: str = "solid") -> None:
         lines.set_path_effects(halo)
 
 
-def enlarge(whole, panels, mask: np.ndarray, spacing, margin_mm: float = 8.0, bar_mm: float = 10.0) -> None:
-    """Let `panels` show the part of the slice around a mask, and frame that part in the panel `whole`.
+def enlarge(whole, panels, mask: np.ndarray, spacing) -> None:
+    """Let `panels` show the part of the slice within 8 mm of a mask, and frame that part in the panel `whole`.
 
     The part has the slice's proportions, is at least a third of it and never beyond it; all of it where the mask is
     empty. `spacing` in mm, rows and columns; the first panel gets a scale bar."""
     shape = np.array(mask.shape)
     found = np.argwhere(mask) if mask.any() else np.array([[0, 0], shape])
-    low, high = found.min(0) - margin_mm / np.asarray(spacing), found.max(0) + margin_mm / np.asarray(spacing)
+    low, high = found.min(0) - 8 / np.asarray(spacing), found.max(0) + 8 / np.asarray(spacing)
     size = shape * np.clip(((high - low) / shape).max(), 1 / 3, 1)
     top, left = np.clip((low + high - size) / 2, -0.5, shape - 0.5 - size)
     whole.add_patch(Rectangle((left, top), *size[::-1], fill=False, edgecolor="white", linewidth=0.8))
     for ax in panels:
         ax.set(xlim=(left, left + size[1]), ylim=(top + size[0], top))
-    _scale_bar(panels[0], spacing, bar_mm)
+    _scale_bar(panels[0], spacing, 10)
 
 
-def name_sides(ax, spacing, bar_mm: float = 20.0) -> None:
+def name_sides(ax, spacing) -> None:
     """R and L of the patient in the upper corners, a scale bar in a lower one; `spacing` in mm, rows and columns."""
     for x, side in ((0.03, "R"), (0.97, "L")):
         ax.text(x, 0.98, side, ha="left" if side == "R" else "right", va="top", transform=ax.transAxes, **_INSIDE)
-    _scale_bar(ax, spacing, bar_mm)
+    _scale_bar(ax, spacing, 20)
 
 
 def _scale_bar(ax, spacing, bar_mm: float) -> None:
@@ -110,6 +110,6 @@ def label_row(ax, text: str) -> None:
             transform=ax.transAxes)
 
 
-def mask_colour(mask: np.ndarray, colour: str, alpha: float = 0.9) -> np.ndarray:
-    """An RGBA image of one colour where the mask is."""
-    return np.concatenate([np.broadcast_to(to_rgb(colour), (*mask.shape, 3)), alpha * mask[..., None]], axis=-1)
+def mask_colour(mask: np.ndarray, colour: str) -> np.ndarray:
+    """An RGBA image of one colour, nearly opaque, where the mask is."""
+    return np.concatenate([np.broadcast_to(to_rgb(colour), (*mask.shape, 3)), 0.9 * mask[..., None]], axis=-1)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from .canvas import mask_canvas, to_canvas
 from .errors import InputError, WMHError
+from .nifti import load_volume
 from .sections import Inputs
-from .volumes import AIR, Case, case_canvas, load_case, load_volume
+from .volumes import AIR, Case, case_canvas, load_case
 
 TISSUE = "synthetic_tissue"  # the map of tissues beside a synthetic case's mask: a name that no data set has
 

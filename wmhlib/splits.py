@@ -38,7 +38,8 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     elif how.protocol == "stratified":
         part = _drawn(units, {"test": how.test, "val": how.val}, recipe.seed)
     else:
-        held = {"challenge": _challenge, "leave-one-site-out": _site, "k-fold": _fold}[how.protocol](cohort, units, recipe)
+        held = (_challenge(cohort) if how.protocol == "challenge" else
+                _site(cohort, how.held_out) if how.protocol == "leave-one-site-out" else _fold(units, recipe))
         rest = units[~units.index.isin(held)]
         part = _drawn(rest, {"val": how.val}, recipe.seed).reindex(units.index, fill_value="test")
     return check_split(cohort[_COLUMNS].assign(split=cohort["subject"].map(part)).reset_index(drop=True), cohort)
@@ -118,8 +119,8 @@ def _even_steps(ordered: list, count: int, rng: np.random.Generator) -> list:
     return [ordered[int((start + i) * len(ordered) / count)] for i in range(count)]
 
 
-def _challenge(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:
-    groups = cohort["group"] if "group" in cohort else pd.Series("", index=cohort.index)
+def _challenge(cohort: pd.DataFrame) -> set:
+    groups = cohort.get("group", pd.Series("", index=cohort.index))
     for group in ("training", "test"):
         if not (groups == group).any():
             raise InputError(f"the challenge's protocol needs cases of both groups, and none of this cohort is in {group}: give "
@@ -134,7 +135,7 @@ def _challenge(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set
 
 def _given(cohort: pd.DataFrame) -> pd.Series:
     """The part of each subject as the data bring it."""
-    parts = (cohort["group"] if "group" in cohort else pd.Series("", index=cohort.index)).map({"training": "train", "val": "val", "test": "test"})
+    parts = cohort.get("group", pd.Series("", index=cohort.index)).map({"training": "train", "val": "val", "test": "test"})
     if parts.isna().any() or set(parts) != set(PARTS):
         raise InputError(f"the data bring no split of their own into training, val and test (found: {_some(parts.dropna()) or 'none'}; {parts.isna().sum()} cases "
                          "without): give images with a data_split.csv that has all three, or set another split.protocol")
@@ -142,8 +143,8 @@ def _given(cohort: pd.DataFrame) -> pd.Series:
     return parts.groupby(cohort["subject"]).first()
 
 
-def _site(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:
-    name, sites = recipe.split.held_out, cohort["site"]
+def _site(cohort: pd.DataFrame, name: str) -> set:
+    sites = cohort["site"]
     if name not in set(sites):
         raise RecipeError(f"setting split.held_out = {name!r} is no site of this cohort: expected one of "
                           f"{', '.join(sorted(set(sites)))}")
@@ -155,7 +156,7 @@ def _site(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:
     return held
 
 
-def _fold(cohort: pd.DataFrame, units: pd.DataFrame, recipe: Recipe) -> set:
+def _fold(units: pd.DataFrame, recipe: Recipe) -> set:
     """Subjects of one site and alike in burden go to different folds, in a seeded order; the smallest folds are filled first."""
     folds, size = recipe.split.folds, np.zeros(recipe.split.folds, int)
     if len(units) < folds:

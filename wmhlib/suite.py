@@ -155,9 +155,9 @@ def execute(name: str, output: Path, parameters: dict) -> None:
         write_atomic(output, executed.read_bytes())
 
 
-def generate_notebooks(folder: Path = REPOSITORY / "notebooks") -> None:
+def generate_notebooks() -> None:
     """Writes each .ipynb from its .py: no outputs, cell ids that stay, so that the same source gives the same bytes."""
-    for source in sorted(folder.glob("*.py")):
+    for source in sorted(REPOSITORY.glob("notebooks/*.py")):
         write_atomic(source.with_suffix(".ipynb"), notebook_text(source))
 
 

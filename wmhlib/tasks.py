@@ -63,8 +63,7 @@ class Slices:
     def validate(self, forward: Forward, cases: list[CaseSlices], places: list[tuple[int, int]], mine: Callable[[int], range],
                  device: torch.device) -> Sums:
         """The sums over `mine` of the micro-batches of `places`: Dice is that over a case's drawn slices."""
-        size = self.recipe.training.batch_size
-        batches = [places[first : first + size] for first in range(0, len(places), size)]
+        batches = cut(places, self.recipe.training.batch_size)
         loss, overlap, both = (torch.zeros(n, dtype=torch.float64) for n in (1, len(cases), len(cases)))
         for i in mine(len(batches)):
             images, labels = (t.to(device) for t in stack_slices(cases, batches[i], self.recipe.inputs.context))
@@ -75,6 +74,11 @@ class Slices:
             overlap.index_add_(0, number, (found & lesion).sum((1, 2, 3)).double().cpu())
             both.index_add_(0, number, (found.sum((1, 2, 3)) + lesion.sum((1, 2, 3))).double().cpu())
         return loss, overlap, both
+
+
+def cut(places: list, size: int) -> list[list]:
+    """`places` in batches of `size`; the last holds what is left."""
+    return [places[first : first + size] for first in range(0, len(places), size)]
 
 
 def task_of(recipe: Recipe):

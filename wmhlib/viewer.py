@@ -17,9 +17,9 @@ from PIL import Image
 
 from .errors import InputError
 from .images import is_image
+from .nifti import load_mask, load_volume
 from .pages import render
 from .slices import head_box, height_mm, to_display
-from .volumes import load_mask, load_volume
 
 _AIR = 0.15  # of the way from dark to bright: below it is no head
 _QUALITY = 82  # of the JPEGs

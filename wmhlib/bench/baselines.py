@@ -62,15 +62,15 @@ def eager_network(network: WMHNet, px: int) -> WMHNet:
 
 
 @torch.inference_mode()
-def slice_by_slice(network: WMHNet, case: Case, views: int = 8, px: int = 0) -> np.ndarray:
-    """Mean probability over `views` views, float32 H x W x D on the scan's grid: every slice, brain or not, one
-    slice and one view at a time. `px`: side of the canvas, the recipe's unless given."""
-    images = case_canvas(case, px or network.recipe.inputs.img_size)
+def slice_by_slice(network: WMHNet, case: Case) -> np.ndarray:
+    """Mean probability over eight views, float32 H x W x D on the scan's grid: every slice, brain or not, one
+    slice and one view at a time."""
+    images = case_canvas(case, network.recipe.inputs.img_size)
     mean, device = torch.zeros(images.shape[1:]), next(network.parameters()).device
     for z in range(images.shape[1]):
         one = with_context(images, z, network.recipe.inputs.context)[None].to(device)
-        for view in VIEWS[views]:
-            mean[z] += unturn(torch.sigmoid(network(turn(one, *view))[0]), *view)[0, 0].cpu() / views
+        for view in VIEWS[8]:
+            mean[z] += unturn(torch.sigmoid(network(turn(one, *view))[0]), *view)[0, 0].cpu() / 8
     return from_canvas(mean, case.grid).clip(0, 1)
 
 
@@ -122,4 +122,4 @@ def _naive_dice(mask: np.ndarray, reference: np.ndarray, smallest: float) -> flo
     mask &= reference != 2
     lesion = reference == 1
     both, total = int((mask & lesion).sum()), int(mask.sum()) + int(lesion.sum())
-    return 2 * both / total if lesion.any() else float("nan")
+    return 2 * both / total if total else float("nan")

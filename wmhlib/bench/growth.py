@@ -16,10 +16,11 @@ import torch
 from .. import hardware
 from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
-from ..network import dtype_of, native_precision
+from ..network import autocast, native_precision
+from ..nifti import save_like
 from ..sections import Operating
 from ..settings import Recipe
-from ..volumes import Case, brain_slices, case_canvas, load_case, save_like
+from ..volumes import Case, brain_slices, case_canvas, load_case
 from . import baselines
 from .measures import CPU, Plan, full_network, search_growth, slab
 from .roofline import fastest, network_flops
@@ -79,7 +80,7 @@ def resolution_growth(recipe: Recipe, sizes: Sequence[int]) -> Iterator[dict]:
     plain, ours = (full_network(recipe).for_inference(kind).encoder for kind in ("no", precision))
 
     def run(encoder, image, kind: str = "no") -> None:
-        with torch.inference_mode(), torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with torch.inference_mode(), autocast("cpu", kind):
             encoder(image)
 
     for px in sizes:
@@ -110,11 +111,11 @@ def _files(case: Case, folder: Path) -> None:
         save_like(back, read.volume, folder / f"{name}.nii.gz")
 
 
-def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float, scans: int = 10_000) -> str:
-    """A paragraph: what `scans` scans like `case` cost with eight views. Operations are counted (`roofline.network_flops`), GPU
+def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float) -> str:
+    """A paragraph: what ten thousand scans like `case` cost with eight views. Operations are counted (`roofline.network_flops`), GPU
     rates assumed and named (`SUSTAINED`); the network's time on this machine is that of a slice in the benchmark's `rows`, and `cpu_s`
     the seconds of one core for a scan's files (`files_s`), both measured."""
-    slices = len(brain_slices(case))
+    scans, slices = 10_000, len(brain_slices(case))
     case_s = slices * next(row["ours_s"] for row in reversed(rows) if row["what"].endswith(": a slice"))
     work = network_flops(recipe) * slices * 8
     hours = {name: scans * work / rate / 3600 for name, rate in SUSTAINED.items()}

@@ -23,14 +23,15 @@ from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
 from ..metrics import challenge_scores, filter_components, lesion_table
-from ..network import WMHNet, dtype_of, load_network, native_precision
+from ..network import WMHNet, autocast, dtype_of, load_network, native_precision
+from ..nifti import Volume, save_like
 from ..phantom import make_case, write_cohort
 from ..presets import preset
 from ..search import PER_CASE, search
 from ..sections import Operating
 from ..settings import Recipe
 from ..uncertainty import entropy
-from ..volumes import Case, Volume, brain_slices, case_canvas, load_case, save_like
+from ..volumes import Case, brain_slices, case_canvas, load_case
 from ..workspace import RunFolder
 from . import baselines
 from .roofline import encoder_flops, fastest, part_seconds, points
@@ -100,12 +101,12 @@ def encoder_rows(recipe: Recipe, size: int, repetitions: int) -> list[dict]:
     adapted = {kind: full_network(recipe).cast_frozen(kind).encoder for kind in kinds}
 
     def run(encoder, kind: str) -> Tensor:
-        with torch.inference_mode(), torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with torch.inference_mode(), autocast("cpu", kind):
             return encoder(image)
 
     def gradients(encoder, kind: str) -> dict[str, Tensor]:
         encoder.zero_grad()
-        with torch.autocast("cpu", dtype_of(kind), enabled=kind != "no"):
+        with autocast("cpu", kind):
             features = encoder(image)
         (features.float() * direction).mean().backward()
         return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
@@ -247,10 +248,10 @@ def around(case: Case, folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"step": list(works), "seconds": [fastest(work, 3) for work in works.values()]})
 
 
-def predict_row(run: RunFolder, limit: float = 15.0) -> dict:
+def predict_row(run: RunFolder) -> dict:
     """One challenge-sized scan through `wmhlib.suite predict` in a process of its own, from starting Python to files written,
-    against `limit` seconds. Without weights in `run` the row says that it was left out."""
-    what = "one scan, start to files"
+    against 15 seconds. Without weights in `run` the row says that it was left out."""
+    what, limit = "one scan, start to files", 15.0
     if not run.best.exists():
         return row(what, [limit], [np.nan], note=f"left out: no trained weights in {run.path}; make demo trains some")
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from .. import hardware
 from ..batches import CaseSlices, augment, drop_modalities, stack_slices
 from ..errors import WMHError
 from ..losses import total_loss
-from ..network import WMHNet, dtype_of, native_precision
+from ..network import WMHNet, autocast, native_precision
 from ..presets import preset
 from ..ranks import Ranks
 from ..settings import Recipe
@@ -71,7 +71,7 @@ class Step:
         return drop_modalities(images, inputs, self.generator), labels
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with torch.autocast(self.device.type, dtype_of(self.precision), enabled=self.precision != "no"):
+        with autocast(self.device, self.precision):
             return self.network(images)
 
     def run(self) -> float:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..figures import BLUE, LEGEND, VERMILLION, page
 from ..hardware import Held
-from ..network import dtype_of, native_precision
+from ..network import autocast, dtype_of, native_precision
 from ..sections import NETWORKS, Volume
 from ..volumetric.memory import Attention
 from ..volumetric.networks import build
@@ -132,12 +132,12 @@ def parameters(network: nn.Module) -> int:
 
 
 def _predict(network: nn.Module, image: Tensor, precision: str) -> None:
-    with torch.no_grad(), torch.autocast("cpu", dtype_of(precision), enabled=precision != "no"):
+    with torch.no_grad(), autocast("cpu", precision):
         network(image)
 
 
 def _train(network: nn.Module, image: Tensor, precision: str) -> None:
-    with torch.autocast("cpu", dtype_of(precision), enabled=precision != "no"):
+    with autocast("cpu", precision):
         given = network(image)
     (given if isinstance(given, Tensor) else given[0] + sum(z.mean() for z in given[1])).mean().backward()
     network.zero_grad()

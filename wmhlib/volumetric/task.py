@@ -12,7 +12,7 @@ from ..batches import drop_modalities
 from ..errors import InputError
 from ..losses import total_loss
 from ..settings import Recipe
-from ..tasks import Forward, Sums
+from ..tasks import Forward, Sums, cut
 from ..workspace import stable_seed
 from .patches import Place, augment_volumes, draw_patches, stack_patches
 from .store import CaseVolume, load_volumes
@@ -58,7 +58,7 @@ class Patches:
     def validate(self, forward: Forward, cases: list[CaseVolume], places: list[Place], mine: Callable[[int], range], device: torch.device) -> Sums:
         """The sums over `mine` of the patches, and of the cases: Dice is that over a case's whole box."""
         recipe, size = self.recipe, self.recipe.training.batch_size
-        batches = [places[first : first + size] for first in range(0, len(places), size)]
+        batches = cut(places, size)
         loss, overlap, both = (torch.zeros(n, dtype=torch.float64) for n in (1, len(cases), len(cases)))
         for i in mine(len(batches)):
             images, labels = (t.to(device) for t in stack_patches(cases, batches[i], recipe.volume))
