@@ -77,11 +77,10 @@ print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_d
 # %%
 checks = cohort.check_cases(cases, recipe.inputs, recipe.volume)
 write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
-checks.drop(columns="digest")
+checks.drop(columns="digest").round({"lesion_ml": 2})
 
 # %% [markdown]
 # One case of each site, as radiologists look at it, or some of the images. A look at this page finds what no check does.
 
 # %%
-shown = cohort.examples(cases)
-report.show(figures.cohort_figure(shown), run, "cohort", cohort.describe(cases, recipe.inputs), len(shown))
+report.show(figures.cohort_figure(cohort.examples(cases)), run, "cohort", cohort.describe(cases, recipe.inputs), len(cases))
