@@ -19,7 +19,7 @@ from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
 from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
 from .presets import planned
-from .report import HEADS
+from .report import missing_scores
 from .settings import Recipe
 from .trained import weights_bytes
 from .training import fit
@@ -195,7 +195,7 @@ def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataF
     rows = []
     for system, part in scores.groupby("system", sort=False):
         means = part.groupby("seed")[list(SCORES)].mean()
-        row = dict(system=system, seeds=len(means), n=part.case.nunique(), left_out=", ".join(f"{HEADS[s]} {missing}" for s, missing in part[list(SCORES)].isna().sum().items() if missing))
+        row = dict(system=system, seeds=len(means), n=part.case.nunique(), left_out=missing_scores(part[list(SCORES)].isna().sum()))
         for score, values in means.items():
             values = values.dropna()
             half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan

@@ -67,8 +67,8 @@ class WMHInferenceEngine:
 
     @classmethod
     def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:
-        """The best weights of a run, with its operating point where 04_search has left one and the views of its recipe.json. Raises CheckpointError for weights
-        that were trained on another split than the run's, whose test cases they may know."""
+        """The best weights of a run, with the views of its recipe.json, and its operating point where 04_search has left one. Raises
+        CheckpointError for weights that were trained on another split than the run's, whose test cases they may know."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
         model, split = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
         if run.split_csv.exists() and split and split != run.split_text():

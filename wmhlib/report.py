@@ -132,10 +132,14 @@ def _scores(metrics: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:
     rows = {}
     for group, cases in agreement.by_group(metrics, column, seed).groupby(column, sort=False, observed=True):
         scores = cases.set_index("score")
-        left_out = [f"{HEADS[s]} {scores.nans[s]}" for s in SCORES if scores.nans[s]]
         rows[group] = {"n": scores.n.iloc[0], **{HEADS[s]: interval(*scores.loc[s, ["mean", "low", "high"]], DECIMALS[s]) for s in SCORES},
-                       "left out": ", ".join(left_out) or "none"}
+                       "left out": missing_scores(scores.nans) or "none"}
     return pd.DataFrame(rows).T.rename_axis(column)
+
+
+def missing_scores(missing: pd.Series) -> str:
+    """How many rows lack each score (`missing`, by score) and are left out of its mean, in words; "" where none does."""
+    return ", ".join(f"{HEADS[score]} {missing[score]}" for score in SCORES if missing[score])
 
 
 def intervals(table: pd.DataFrame, name: str, decimals: int, sign: str = "") -> pd.Series:
