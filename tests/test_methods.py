@@ -48,6 +48,15 @@ def test_the_paragraph_follows_the_recipe(run):
     assert "/secret" not in other
 
 
+def test_what_the_first_weights_had_seen_is_told(run):
+    assert "started from" not in methods.Story.of(run, run, COUNTS).paragraph()
+    write_table(pd.DataFrame({"case": ["x", "y"], "site": ["Oslo", "GE3T"], "digest": ["1", "2"]}), run.earlier_csv)
+    story = methods.Story.of(run, run, COUNTS)
+    assert "Training started from weights that 2 cases (GE3T 1, Oslo 1) had trained or chosen. AdamW" in story.paragraph()
+    assert "started from weights that 2 cases had made" in str(story.card().loc["trained on"].item())
+    assert "of sites that were trained on too (GE3T)" in dataclasses.replace(story, external=True).heading()
+
+
 def test_the_baseline_that_sees_the_reference_is_told_where_there_is_one(run):
     assert "zero-shot" not in methods.Story.of(run, run, COUNTS).paragraph()
     write_table(pd.DataFrame({"case": ["d"], "system": [methods.ZERO_SHOT], "dsc": [0.5]}), run.metrics_csv)

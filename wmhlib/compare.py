@@ -118,7 +118,7 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
     if jobs > len(grid):
         raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
     for name, seed in grid:
-        cell(folder, name, seed).open(run.recipe().with_overrides(f"{overrides} {named[name]} seed={seed}")).take_cases(run)
+        cell(folder, name, seed).open(run.recipe().afresh().with_overrides(f"{overrides} {named[name]} seed={seed}")).take_cases(run)
     for name, seed in tqdm(grid[mine - 1 :: jobs], "cells", disable=not progress, mininterval=5):
         place = cell(folder, name, seed)
         if not (place.path / "scores.csv").exists():

@@ -54,15 +54,13 @@ def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
     """A folder to evaluate `run` in on the labelled cases of `data` (`cohort.find_cases`), all of them test cases: `out`, or the
     run's evaluations/<name of data>. Raises InputError for a scan that the run was trained or chosen on, and for a folder that
     holds a run, or an evaluation of other cases."""
-    folder, recipe, cases, mine = run.evaluation(data, out), run.recipe(), find_cases(data, run.recipe().inputs), run.cases()
+    folder, recipe, cases, known = run.evaluation(data, out), run.recipe(), find_cases(data, run.recipe().inputs), run.seen()
     if folder.best.exists() or folder.checkpoints.exists():
         raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
     if folder.cohort_csv.exists() and not set(read_table(folder.cohort_csv).flair) & set(cases.flair):
         raise InputError(f"{folder.path} holds the evaluation of other cases: choose another folder, or delete it")
-    if "digest" not in mine:
-        raise InputError(f"{run.cohort_csv} does not say which scans were seen (column digest): run notebook 01 again")
     cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
-    seen = cases.case[cases.digest.isin(mine.digest[mine.split != "test"])]
+    seen = cases.case[cases.digest.isin(known.digest)]
     if len(seen):
         raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({', '.join(seen[:5])} ...): "
                          "evaluate on others")

@@ -62,7 +62,7 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
 
 def few_slices_recipe(recipe: Recipe, count: int, seed: int, overrides: str = "") -> Recipe:
     """`recipe` for `count` slices: as many epochs as make 200 steps, one cosine after a tenth of them as warm-up, ten validations."""
-    recipe = recipe.with_overrides(overrides)
+    recipe = recipe.afresh().with_overrides(overrides)
     per_epoch = -(-count // (recipe.training.batch_size * recipe.training.accumulation))
     epochs = -(-_STEPS // per_epoch)
     tenth = max(1, epochs // 10)

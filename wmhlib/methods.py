@@ -55,6 +55,7 @@ class Story:
     best_epoch: int
     counts: dict
     external: bool
+    earlier: pd.DataFrame  # cases that the first weights had seen
     zero_shot: bool = False  # whether the base was asked with the reference's boxes too
 
     @classmethod
@@ -65,12 +66,12 @@ class Story:
         return cls(run.recipe(), run.point(), mine,
                    theirs[theirs.split == "test"], *(describe(cases, run.recipe().inputs) for cases in (theirs, mine)), int(history.epoch.max()),
                    int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
-                   counts, evaluated.path != run.path,
+                   counts, evaluated.path != run.path, run.earlier(),
                    evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
-        known = sorted(set(self.evaluated.site) & set(self.trained_on.site[self.trained_on.split != "test"]))
+        known = sorted(set(self.evaluated.site) & {*self.trained_on.site[self.trained_on.split != "test"], *self.earlier.site})
         what = ("Test cases of the run" if not self.external else "**External validation**: cases of other sites" if not known else
                 f"Labelled cases of another folder, of sites that were trained on too ({', '.join(known)})")
         return f"{what}, n = {len(self.evaluated)} {self.data} ({_sites(self.evaluated)}). Recipe {self.recipe.name}, seed {self.recipe.seed}."
@@ -83,7 +84,8 @@ class Story:
             "evaluated on": f"{len(self.evaluated)} {self.data}: {_sites(self.evaluated)}",
             "lesion volume": "median {:.1f} mL, {:.1f} to {:.1f}".format(*self.evaluated.lesion_ml.quantile([0.5, 0, 1])),
             "trained on": f"{parts.get('train', 0)} {self.source}, chosen on {parts.get('val', 0)}: "
-                          f"{_sites(self.trained_on[self.trained_on.split != 'test'])}",
+                          f"{_sites(self.trained_on[self.trained_on.split != 'test'])}"
+                          + f"; started from weights that {len(self.earlier)} cases had made: {_sites(self.earlier)}" * (len(self.earlier) > 0),
             "split": f"{_protocol(recipe)}, seed {recipe.seed}",
             **(volumes.card(recipe) if recipe.volume.network else _card(recipe)),
             "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
@@ -119,6 +121,7 @@ class Story:
             f"{_SUBJECTS * (not images)}. Input was {volumes.inputs(recipe) if whole else _normalised(recipe)}. "
             f"{volumes.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
             f"was the sum of {_loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
+            f"{f'Training started from weights that {len(self.earlier)} cases ({_sites(self.earlier)}) had trained or chosen. ' * (len(self.earlier) > 0)}"
             f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, {drawn}"

@@ -53,7 +53,7 @@ def plan(preset: str) -> Plan:
 def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Recipe:
     """`recipe` for `encoder` under LoRA of rank 8, with cross-entropy + Dice as its loss; whoever is compared gets the same."""
     adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK, neck=False)
-    return replace(recipe, encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
+    return replace(recipe.afresh(), encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
 
 
 def adaptation(run: RunFolder, folder: str | Path, encoder: Encoder, overrides: str = "") -> RunFolder:

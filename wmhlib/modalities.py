@@ -155,7 +155,7 @@ def train(folder: str | Path, base: Recipe, names: tuple[str, ...] = NAMES, over
     """
     runs = {name: RunFolder(Path(folder, "runs", name)) for name in names}
     for name, run in runs.items():
-        recipe = replace(base, split=replace(base.split, protocol="stratified", held_out="", fold=0)).with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
+        recipe = replace(base.afresh(), split=replace(base.split, protocol="stratified", held_out="", fold=0)).with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
         prepare(run.open(recipe), recipe)
         if progress:
             print(f"modality {name}, {recipe.cohort.synthetic_cases} synthetic cases", flush=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapters import adapt, budget, merge
@@ -18,7 +16,7 @@ from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint, weig
 from .presets import PRESETS, preset
 from .pretext import Pretext
 from .settings import Recipe
-from .trained import TrainedNet
+from .trained import TrainedNet, read_weights
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
 _PRIOR = -4.0  # bias of the heads: lesions are rare
@@ -174,16 +172,7 @@ def load_network(path: str | Path, checkpoint: str = "") -> tuple[TrainedNet, st
 
     Raises CheckpointError for a damaged file, keys that do not fit, or another base than the one trained on.
     """
-    try:
-        if not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
-        with safe_open(path, "pt") as file:
-            origin = json.loads((file.metadata() or {}).get("wmhlib", "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"weights {path} cannot be read: {error}") from None
-    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
-        raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
+    state, origin = read_weights(path)
     recipe = Recipe.from_json(origin["recipe"], path)
     if checkpoint:
         recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=checkpoint))

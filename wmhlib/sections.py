@@ -196,6 +196,7 @@ class Training:
     ema: float = 0.0  # decay per step of the averaged weights that are validated and kept; 0: none
     slices: int = 0  # drawn once, that are all there is to train on (few-shot); 0: every one with a lesion, and others anew each epoch
     patience: int = 0  # epochs without a better validation Dice after which training stops; 0: never
+    start: str = ""  # folder of the run whose trained weights are the first ones ("minisam": the adapter that comes with the suite); "": those of the base
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "restart_epochs", "checkpoint_epochs", "validate_epochs"):

@@ -86,6 +86,10 @@ class Recipe:
             place[key] = value
         return _merge(self, tree, "")
 
+    def afresh(self) -> Recipe:
+        """This recipe trained from its base, not from the weights of another run (`training.start`)."""
+        return replace(self, training=replace(self.training, start=""))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 

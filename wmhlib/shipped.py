@@ -54,6 +54,8 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     files = ["flair", "t1", "mask", "ventricles"]
     cohort = read_table(run.cohort_csv)
     cohort[files] = cohort[files].map(lambda path: os.path.relpath(path, run.path.absolute()) if path else "")
+    if run.earlier_csv.exists():
+        copies[there.earlier_csv] = run.earlier_csv.read_bytes()
     for path, data in copies.items():
         write_atomic(path, data)
     write_table(cohort, there.cohort_csv)

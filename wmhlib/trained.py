@@ -6,9 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .errors import CheckpointError
 from .medsam import check_state
 from .spectral import check_bases
 
@@ -43,3 +45,18 @@ def weights_bytes(network: TrainedNet, origin: dict[str, str]) -> bytes:
     weights and the `split` it was trained on (`RunFolder.split_text`)."""
     # One key: safetensors shuffles several.
     return save(network.trained_state(), {"wmhlib": json.dumps(origin)})
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The trained state that `weights_bytes` wrote to `path`, and its `origin`. CheckpointError for another or a damaged file."""
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+        with safe_open(path, "pt") as file:
+            origin = json.loads((file.metadata() or {}).get("wmhlib", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"weights {path} cannot be read: {error}") from None
+    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
+        raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
+    return state, origin

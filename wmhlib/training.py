@@ -30,16 +30,16 @@ from . import hardware, storage
 from .adapters import budget
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
-from .errors import WMHError
+from .errors import CheckpointError, InputError, WMHError
 from .monitor import Monitor
 from .network import build_network, native_precision
 from .processes import Average, GradientSum, StepStatistics, from_main
 from .ranks import Ranks
-from .sections import Training
+from .sections import SHIPPED, Training
 from .settings import Recipe
 from .splits import check_split
-from .trained import weights_bytes
-from .workspace import RunFolder, read_table, table_bytes
+from .trained import read_weights, weights_bytes
+from .workspace import MINISAM, RunFolder, read_table, table_bytes
 
 _GRACE_S = 60.0  # longer than the main process delivers after an error
 _STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "random", "best")
@@ -116,6 +116,8 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     history, best = _resume(job, origin, progress)
     if _finished(history, settings):
         return history
+    if settings.start and not history:
+        _start(job, progress)
     train, val = (job.task.load(cases[cases.split == name], progress) for name in ("train", "val"))
     sites = cases[cases.split == "val"].site.tolist()
     places = job.task.validation_places(train, val)
@@ -142,6 +144,27 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     if progress and len(history) < settings.epochs:
         print(f"stopped: no better validation Dice for {settings.patience} epochs (training.patience)", flush=True)
     return history
+
+
+def _start(job: Job, progress: bool) -> None:
+    """Take up the trained weights of the run `training.start`; earlier.csv keeps what they have seen. CheckpointError where they do not fit,
+    InputError where this run would validate or test on some of that."""
+    start = MINISAM if job.recipe.training.start == SHIPPED else RunFolder(job.recipe.training.start)
+    state, origin = read_weights(start.need(start.best, "03_train"))
+    if origin["base_sha256"] != job.network.base_sha256:
+        raise CheckpointError(f"training.start: {start.best} was trained on the base {origin['base_sha256'][:12]}, this run adapts "
+                              f"{job.network.base_sha256[:12]}: start from a run of the same base")
+    cases, seen = job.run.scans(), start.seen()
+    known = cases.case[(cases.split != "train") & cases.digest.isin(seen.digest)]
+    if len(known):
+        raise InputError(f"training.start: {len(known)} validation or test cases were used to train {start.path} or to choose its operating point "
+                         f"({', '.join(known[:5])} ...): start from another run, or split so that they train")
+    job.network.load_trained_state(state, start.best)
+    job.average.load(job.network.live_state())
+    if job.keeper:
+        job.keeper.write(job.run.earlier_csv, table_bytes(seen))
+    if progress:
+        print(f"the first weights are those of {start.path}", flush=True)
 
 
 def _fitted(job: Job, data: int, first_epoch: int, progress: bool) -> Monitor:
@@ -181,7 +204,8 @@ def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -
 
 
 def _differing(state: dict, origin: dict[str, str]) -> list[str]:
-    """What of `origin` is another in a checkpoint; where the base lies, which its sha256 tells, and settings that came later do not count.
+    """What of `origin` is another in a checkpoint; where the base lies, which its sha256 tells, where training started,
+    and settings that came later do not count.
     KeyError for a file that lacks something, which is not ours."""
     there = {name: state[name] for name in _STATE}["origin"]
     return [name for name in origin if (_placeless(there[name]) != _placeless(origin[name]) if name == "recipe" else there[name] != origin[name])]
@@ -189,7 +213,7 @@ def _differing(state: dict, origin: dict[str, str]) -> list[str]:
 
 def _placeless(recipe: str) -> Recipe:
     known = Recipe.from_json(recipe)
-    return replace(known, encoder=replace(known.encoder, checkpoint=""))
+    return replace(known.afresh(), encoder=replace(known.encoder, checkpoint=""))
 
 
 def _drop_point(run: RunFolder) -> None:

@@ -44,6 +44,7 @@ class RunFolder:
     recipe_json = property(lambda self: self.path / "recipe.json")
     cohort_csv = property(lambda self: self.path / "cohort.csv")
     split_csv = property(lambda self: self.path / "split.csv")
+    earlier_csv = property(lambda self: self.path / "earlier.csv")
     history_csv = property(lambda self: self.path / "history.csv")
     checkpoints = property(lambda self: self.path / "checkpoints")
     best = property(lambda self: self.path / "best.safetensors")
@@ -95,6 +96,22 @@ class RunFolder:
         cohort = _cases(self.need(self.cohort_csv, "01_download"), ("case", "site", "flair", "t1", "mask"))
         split = _cases(self.need(self.split_csv, "02_split"), ("case", "split"))
         return cohort.merge(split[["case", "split"]], on="case", validate="one_to_one")
+
+    def scans(self) -> pd.DataFrame:
+        """`cases`, each with the digest by which its scan is known elsewhere (`cohort.check_cases`); InputError where they have none."""
+        cases = self.cases()
+        if "digest" not in cases:
+            raise InputError(f"{self.cohort_csv} does not say which scans were seen (column digest): run notebook 01 again")
+        return cases
+
+    def seen(self) -> pd.DataFrame:
+        """The scans that the run's weights were trained or chosen on, `earlier` ones among them: columns case, site, digest."""
+        cases = self.scans()
+        return pd.concat([self.earlier(), cases.loc[cases["split"] != "test", ["case", "site", "digest"]]], ignore_index=True)
+
+    def earlier(self) -> pd.DataFrame:
+        """The scans that the weights which training started from were trained or chosen on, as `seen`; none without `training.start`."""
+        return read_table(self.earlier_csv) if self.earlier_csv.exists() else pd.DataFrame(columns=["case", "site", "digest"])
 
     def point(self) -> dict:
         """The operating point that 04_search left. MissingStepError where there is none, InputError for impossible values."""
