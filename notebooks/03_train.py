@@ -41,7 +41,7 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe, the one of notebook 01
-run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 
 # %% [markdown]
 # Recipe and split say all there is to say; nothing is chosen here.

@@ -42,7 +42,7 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe, the one of notebook 01
-run_dir: str = ""  # run folder; empty: <root>/<preset>, on Drive in Colab
+run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
 out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>
 

@@ -18,7 +18,7 @@
 #
 # # 6 · Your own scans
 #
-# Takes FLAIR scans (with a run on strokes T1w scans), one or a whole cohort, and gives back their lesions: mask, probability and uncertainty on each scan's
+# Takes FLAIR scans (T1w scans with a run on strokes), one or a whole cohort, and gives back their lesions: mask, probability and uncertainty on each scan's
 # own grid, volumes in one table, a page to look at each scan. For research; it is no medical device.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
@@ -41,10 +41,10 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = ""  # your run of this recipe (colab, lean, demo, ...); empty: the weights that come with the suite
-run_dir: str = ""  # or its run folder, or several, whose probabilities are averaged (in quotes where a path has spaces); empty: <root>/<preset>, on Drive in Colab
+run_dir: str = ""  # or its run folder, or several, whose probabilities are averaged (in quotes where a path has spaces); empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 flair: str = ""  # the scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
 t1: str = ""  # T1 of a single FLAIR on the same grid, for recipes that use one; empty: without, or as the folder or CSV has it
-out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: <root>/<preset or minisam>/derivatives
+out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: runs/<preset or minisam>/derivatives
 
 # %% [markdown]
 # The trained network with its operating point: your run's, the mean of several, or the one that comes with the suite (its limits: assets/minisam/README.md).

@@ -41,9 +41,9 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, vessels (images), colab or smoke
-run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and but for colab a few synthetic cases made for this
-out_dir: str = ""  # folder for the grid, one run folder a cell; empty: <root>/compare_<preset>
-methods: str = ""  # which to compare, such as "lora salt full"; empty: all
+run_dir: str = ""  # run folder whose cases and split are used; empty: for colab the run of that preset; for the others a few synthetic cases, made for this in out_dir
+out_dir: str = ""  # folder for the grid, one run folder a cell; empty: runs/compare_<preset>
+methods: str = ""  # some of none, bias, ssam, full, lora, rslora, dora, pissa, adalora, qlora and salt, with spaces between; empty: all
 ranks: str = ""  # of those that have one, such as "8 24 64"; empty: the preset's
 seeds: str = ""  # such as "0 1 2"; empty: the preset's
 overrides: str = ""  # settings of all cells to change, the way notebook 01 shows
@@ -129,8 +129,8 @@ compared.tell(tests, compared.caption("tests", data, table))
 # %% [markdown]
 # ## Limits
 #
-# The budget is the same for all, and small: a method that would win after ten times as many steps does not show it here. Synthetic
-# cases say how methods compare, not how any of them does on patients. Nothing was tuned for a method: the rate is that of the LoRA recipe.
+# The budget is the same for all, and small: a method that would win after ten times as many steps does not show it here. Where cases are
+# synthetic they say how methods compare, not how any of them does on patients. Nothing was tuned for a method: the rate is that of the LoRA recipe.
 
 # %%
 print(f"grid, tables and figures in {out}")

@@ -41,8 +41,8 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab or smoke
-run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and for demo and smoke a few synthetic cases made for this
-out_dir: str = ""  # folder for everything this notebook makes; empty: <root>/distill_<preset>
+run_dir: str = ""  # run folder whose cases and split are used; empty: for colab the run of that preset; for demo and smoke a few synthetic cases, made for this in out_dir
+out_dir: str = ""  # folder for everything this notebook makes; empty: runs/distill_<preset>
 teacher: str = ""  # the teacher's weights: a file of SAM's format (SAM, MedSAM, a base); empty: the preset's own
 teacher_kind: str = ""  # its encoder: vit_h, vit_l, sam_vit_b (SAM's), vit_b (MedSAM's), vit_t or small; empty: the preset's own
 student_kind: str = ""  # the student's encoder: one of these, or tiny; empty: the preset's own
@@ -122,7 +122,7 @@ distilled.show(modalities.cross_figure(table), out, "cross", "synthetic cases")
 # %% [markdown]
 # ## What it costs and what it saves
 #
-# Measured on this machine now. ViT-H has random weights here: what it costs is real, a Dice it has not.
+# Measured on this machine now. ViT-H has random weights here: its cost is real, but it has no Dice.
 
 # %%
 encoders, pairs = claims.lineup(job.teacher, student, job.inputs.img_size, plan.quick, bool(large))
@@ -142,7 +142,7 @@ distilled.tell(claims.verdicts(verdicts), "reached", claims.machine())
 # %% [markdown]
 # ## Limits
 #
-# Figures on synthetic cases say how the parts compare, not how any of them does on patients. A student distilled in minutes is
+# Where cases are synthetic they say how the parts compare, not how any of them does on patients. A student distilled in minutes is
 # not one distilled in days, and the ratios of time hold for this machine, this number of threads and these sizes.
 
 # %%

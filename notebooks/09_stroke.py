@@ -42,12 +42,12 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "stroke-demo"  # recipe: stroke-demo, stroke or stroke-smoke
-run_dir: str = ""  # run folder whose cases and split are used; empty: <root>/<preset>, and for stroke-demo and stroke-smoke synthetic cases made for this
-out_dir: str = ""  # folder for the networks, one run folder each; empty: <root>/<preset>_networks
+run_dir: str = ""  # run folder whose cases and split are used; empty: for stroke the run of that preset; for the others synthetic cases, made for this in out_dir
+out_dir: str = ""  # folder for the networks, one run folder each; empty: runs/<preset>_networks
 networks: str = ""  # which, such as "attention mamba"; empty: all. Jobs with one each may share a folder; run once more with all when they are done, for the tables
 seeds: str = "0"  # such as "0 1 2"
 folds: int = 0  # cross-validate the network that is best on validation cases in so many folds; 0: do not
-formats: str = "pt2"  # of the exported network: pt2, onnx, or both
+formats: str = "pt2"  # of the exported network: pt2, onnx (needs the packages onnx, onnxscript and onnxruntime), or both
 overrides: str = ""  # settings of all networks to change, the way notebook 01 shows
 
 # %% [markdown]
@@ -169,7 +169,7 @@ bench.tell(shown(speed)[["ratio", "baseline", "ours", "memory (MB)"]], "volumes"
 # ## Limits
 #
 # The budget is the same for all, and small where the preset is: a network that would win after ten times as many steps does not show it here.
-# Synthetic cases say how networks compare, not how any of them does on patients. Nothing was tuned for one of them.
+# Where cases are synthetic they say how networks compare, not how any of them does on patients. Nothing was tuned for one of them.
 
 # %%
 print(f"networks, tables and figures in {out}")

@@ -41,8 +41,8 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # small recipe, for whole volumes; the recipe at full size is colab
-run_dir: str = ""  # run folder whose weights predict one scan; empty: <root>/<preset>
-out_dir: str = ""  # folder for tables and figures; empty: <root>/benchmark
+run_dir: str = ""  # run folder whose weights predict one scan; empty: runs/<preset>
+out_dir: str = ""  # folder for tables and figures; empty: runs/benchmark
 quick: int = 0  # 1: every measurement at toy size, in seconds, which says nothing about speed
 
 # %% [markdown]
