@@ -59,7 +59,8 @@ overrides: str = ""  # settings to change, the way the text above shows
 
 # %%
 from wmhlib import cohort, download, figures, presets, report
-from wmhlib.workspace import RunFolder, write_table
+from wmhlib.files import write_table
+from wmhlib.workspace import RunFolder
 
 recipe = presets.preset(preset, f"seed={seed} {overrides}")
 run = download.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)

@@ -48,7 +48,8 @@ run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora
 
 # %%
 from wmhlib import cohort, figures, report, training
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.files import read_table
+from wmhlib.workspace import RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}")
 recipe = run.recipe(preset)

@@ -51,7 +51,8 @@ import json
 
 from wmhlib import cohort, figures, report, search
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
+from wmhlib.files import read_table, write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}")
 recipe = run.recipe(preset)

@@ -57,7 +57,8 @@ from pathlib import Path
 
 from wmhlib import cohort, compare, download, presets, report
 from wmhlib.bench import claims, compared
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.files import read_table, write_table
+from wmhlib.workspace import RunFolder
 
 out, plan = Path(out_dir or f"{root}/compare_{preset}").expanduser(), compare.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
@@ -83,7 +84,7 @@ of_changes = scores[scores.system.isin([*changed, compare.TTA])]
 # ## Methods and ranks
 
 # %%
-costs = compare.costs(recipe.with_overrides(each), {name: named[name] for name in of_methods.system.unique()})
+costs = compared.costs(recipe.with_overrides(each), {name: named[name] for name in of_methods.system.unique()})
 table = compare.summary(of_methods, costs)
 write_table(table, out / "methods.csv")
 compared.tell(compared.shown(table, data), compared.caption("methods", data, table))

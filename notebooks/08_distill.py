@@ -60,8 +60,9 @@ import pandas as pd
 
 from wmhlib import cohort, distill, download, fewshot, minisam, modalities, presets, slicestore, training
 from wmhlib.bench import claims, distilled
+from wmhlib.files import read_table, write_table
 from wmhlib.teacher import choose
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.workspace import RunFolder
 
 out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
@@ -100,7 +101,8 @@ for adapted in runs.values():
 # %%
 dice = minisam.scan_dice(runs)
 write_table(dice, out / "dice.csv")
-print(dice[["teacher", "student"]].mean().round(3).to_dict())
+both = dice[["teacher", "student"]].dropna()
+print(both.mean().round(3).to_dict())
 distilled.show(distilled.dice_figure(dice), out, "dice", f"{len(dice)} {kind}")
 
 # %% [markdown]
@@ -126,7 +128,7 @@ distilled.show(modalities.cross_figure(table), out, "cross", "synthetic cases")
 
 # %%
 encoders, pairs = claims.lineup(job.teacher, student, job.inputs.img_size, plan.quick, bool(large))
-scores = {("student", job.inputs.img_size, "nf4"): (dice.student.mean(), dice.teacher.mean())}
+scores = {("student", job.inputs.img_size, "nf4"): (both.student.mean(), both.teacher.mean())}
 costs = claims.claims(encoders, pairs, plan.repetitions, scores)
 write_table(costs, out / "claims.csv")
 distilled.tell(claims.shown(costs), "claims", claims.machine())

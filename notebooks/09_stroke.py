@@ -60,8 +60,9 @@ from wmhlib import charts, cohort, compare, download, presets, report
 from wmhlib.bench import charts as bench
 from wmhlib.bench import compared, roofline, volumes
 from wmhlib.bench.table import shown
+from wmhlib.files import read_table, write_table
 from wmhlib.volumetric import study
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.workspace import RunFolder
 
 out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks").expanduser(), presets.preset(preset), study.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))

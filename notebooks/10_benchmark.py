@@ -60,7 +60,8 @@ import torch
 from IPython.display import Markdown
 
 from wmhlib.bench import charts, growth, measures, roofline, steps, table
-from wmhlib.workspace import RunFolder, write_atomic, write_table
+from wmhlib.files import write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 plan = measures.plan(preset, bool(quick))
 out = Path(out_dir or f"{root}/benchmark").expanduser()

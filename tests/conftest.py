@@ -89,7 +89,7 @@ def quick_figure(monkeypatch):
 def touch(tmp_path):
     """Makes empty files: finding cases looks at names alone."""
 
-    from wmhlib.workspace import write_atomic
+    from wmhlib.files import write_atomic
 
     def make(*names):
         for name in names:
@@ -156,8 +156,9 @@ def split_cohort(tmp_path_factory):
 @pytest.fixture
 def new_run(split_cohort, tmp_path, request):
     """Makes a run folder ready to train: `new_run(name, overrides)`, the smoke preset with the module's OVERRIDES unless given."""
+    from wmhlib.files import write_table
     from wmhlib.presets import preset
-    from wmhlib.workspace import RunFolder, write_table
+    from wmhlib.workspace import RunFolder
 
     def make(name, overrides=request.module.OVERRIDES):
         run = RunFolder(tmp_path / name).open(preset("smoke", overrides))

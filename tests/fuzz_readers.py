@@ -23,9 +23,10 @@ from fuzz_inputs import (
 
 from wmhlib import bids, canvas, cohort, derivatives, layouts, medsam, nifti, splits, storage, volumes
 from wmhlib.errors import CheckpointError
+from wmhlib.files import read_table
 from wmhlib.network import load_network
 from wmhlib.sections import Inputs
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 
 def _read_scan(path: Path, seeds: Seeds) -> None:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from wmhlib.workspace import write_atomic
+from wmhlib.files import write_atomic
 
 
 def save(path, array, **options):

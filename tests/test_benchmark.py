@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmhlib import suite
 from wmhlib.bench import baselines, charts, growth, measures, roofline, steps, table
 from wmhlib.engine import WMHInferenceEngine
+from wmhlib.files import read_table
 from wmhlib.medsam import ImageEncoder, build_encoder
 from wmhlib.presets import preset
 from wmhlib.search import PER_CASE, search
 from wmhlib.sections import Encoder, Operating
 from wmhlib.slicestore import CaseSlices
 from wmhlib.volumes import brain_slices
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 SMOKE = preset("smoke")
 

@@ -16,7 +16,7 @@ from keeping import names, same, state
 
 from wmhlib import storage
 from wmhlib.errors import CheckpointError
-from wmhlib.workspace import sha256
+from wmhlib.files import sha256
 
 
 @pytest.mark.parametrize("direct", [True, False])

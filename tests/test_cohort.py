@@ -94,6 +94,14 @@ def test_an_odd_geometry_is_a_warning(tiny_nifti, scan, warning):
     assert warning in cohort.check_cases(cases, Inputs(fov=100.0)).warnings[0]
 
 
+@pytest.mark.parametrize("sform, qform, found", [(0, 0, "no orientation in its header"), (1, 1, "different orientations: sform is used"), (1, 0, ""), (0, 1, "")])
+def test_an_orientation_that_is_missing_or_told_twice_is_a_warning(sform, qform, found):
+    header = nibabel.Nifti1Header()
+    header.set_sform(np.eye(4), sform)
+    header.set_qform(np.diag([-1.0, 1, 1, 1]), qform)
+    assert [found in note for note in cohort._header_notes(header)] == [True] * bool(found)
+
+
 def test_a_head_in_full_has_no_warning(tiny_nifti):
     tiny_nifti("Utrecht/1/pre/T1.nii.gz", spacing=(7.0, 7.0, 9.0), axes="LPS", shape=(24, 28, 16))
     data = np.random.default_rng(1).normal(5, 2, (24, 28, 16)).astype(np.float32)

@@ -32,13 +32,13 @@ each_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: pa
 @pytest.fixture
 def colab(monkeypatch, tmp_path):
     """Stands in for Colab: google.colab with Drive and secrets, pip and git that only write down how they are called."""
-    did = types.SimpleNamespace(mounts=[], runs=[], constraints=[], secrets={}, refuse=False)
+    did = types.SimpleNamespace(mounts=[], runs=[], constraints=[], secrets={}, refuse=False, alive=False)
 
-    def mount(place):
+    def mount(place, force_remount):
         did.mounts.append(place)
         if did.refuse:
             raise ValueError("mount failed")
-        (Path(place) / "MyDrive").mkdir(parents=True)
+        did.alive = force_remount
 
     def get(name):
         if name not in did.secrets:
@@ -60,6 +60,7 @@ def colab(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     monkeypatch.setattr("wmhlib.colab._DRIVE", tmp_path / "drive")
+    monkeypatch.setattr("wmhlib.colab.os.path.ismount", lambda path: did.alive)
     return did
 
 
@@ -139,6 +140,13 @@ def test_a_second_call_mounts_and_installs_nothing(colab):
     assert len(colab.mounts) == 1 and not colab.runs
 
 
+def test_a_drive_that_has_died_is_mounted_anew_whatever_lies_in_its_place(colab, tmp_path):
+    bootstrap()
+    colab.alive = False
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    assert bootstrap() == str(tmp_path / "drive" / "MyDrive" / "wmh-lora") and len(colab.mounts) == 2
+
+
 def test_processes_that_the_library_starts_in_colab_find_it_where_it_is_not_installed(colab, tmp_path):
     bare = [sys.executable, "-S", "-c", "import importlib.util; print(importlib.util.find_spec('wmhlib').origin)"]  # -S: what is installed is not seen
     with subprocess.Popen(bare, cwd=tmp_path, stderr=subprocess.PIPE) as before:
@@ -167,6 +175,8 @@ def test_colab_secrets_come_after_the_environment_and_may_be_absent(colab, monke
     assert secret("KEY") == "from colab" and secret("OTHER") is None
     monkeypatch.setenv("KEY", "from environment")
     assert secret("KEY") == "from environment"
+    monkeypatch.setenv("KEY", "long " * 100)  # no file can have such a name
+    assert secret("KEY") == ("long " * 100).strip()
 
 
 @each_notebook

@@ -12,9 +12,10 @@ from wmhlib import agreement, compare, metrics, report, suite
 from wmhlib.bench import compared
 from wmhlib.engine import Prediction
 from wmhlib.errors import InputError, RecipeError
+from wmhlib.files import read_table, write_table
 from wmhlib.presets import preset
 from wmhlib.training import fit
-from wmhlib.workspace import RunFolder, read_table, write_table
+from wmhlib.workspace import RunFolder
 
 OVERRIDES = ""
 TINY = "training.epochs=1 training.warmup_epochs=0 training.slices=4"
@@ -140,7 +141,7 @@ def test_the_front_holds_what_no_leaner_system_beats():
 
 def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):
     recipe = preset("smoke")
-    table = compare.costs(recipe, NAMED, 1).set_index("system")
+    table = compared.costs(recipe, NAMED, 1).set_index("system")
     assert table.loc["none", "adapter"] == 0 and table.loc["lora 2", "adapter"] > 0
     assert table.loc["lora 2", "trainable"] - table.loc["none", "trainable"] == table.loc["lora 2", "adapter"]
     assert (table[["step_s", "step_ratio", "peak_mb", "file_mb"]] > 0).all(None)

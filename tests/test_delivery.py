@@ -8,7 +8,7 @@ from keeping import names, no_delivery, same, state, until
 
 from wmhlib import storage
 from wmhlib.errors import CheckpointError
-from wmhlib.workspace import write_atomic
+from wmhlib.files import write_atomic
 
 
 def test_a_disk_of_this_machine_has_each_file_when_the_call_returns_and_needs_no_thread(new_keeper, run):

@@ -11,6 +11,7 @@ from predicting import LESION, Engine, run, sidecar
 from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
 from wmhlib.errors import InputError
+from wmhlib.files import write_atomic
 from wmhlib.uncertainty import entropy
 
 OVERLAY = scanpages.overlay
@@ -58,6 +59,35 @@ def test_a_name_that_is_not_bids_becomes_a_subject_of_its_letters_and_digits(nam
 def test_a_listed_subject_and_session_name_the_results():
     scans = pd.DataFrame([{"flair": "/data/x.nii.gz", "subject": "P-03", "session": "ses-2"}])
     assert bids.name_scans(scans, {}) == {"/data/x.nii.gz": "sub-P03_ses-2"}
+
+
+def test_the_name_of_a_scan_that_is_gone_stays_taken_but_for_the_scan_itself(tmp_path):
+    scans = pd.DataFrame([{"flair": "/here/sub-01/anat/sub-01_FLAIR.nii.gz"}])
+    taken = {"sub-01": str(tmp_path / "sub-01_FLAIR.nii.gz")}
+    assert re.fullmatch("sub-01[0-9a-f]{6}", *bids.name_scans(scans, taken).values())
+    assert [*bids.name_scans(scans, taken, lambda name, flair: name == "sub-01").values()] == ["sub-01"]
+
+
+def test_a_scan_that_moved_without_its_results_keeps_them(scan, tmp_path):
+    out = tmp_path / "out"
+    old, new = scan("a/sub-01_FLAIR.nii.gz"), tmp_path / "b" / "sub-01_FLAIR.nii.gz"
+    run(Engine(), old, out)
+    new.parent.mkdir()
+    old.rename(new)
+    assert run(Engine(), new, out).scan.tolist() == ["sub-01"]
+    scan("c/sub-01_FLAIR.nii.gz", shape=(26, 28, 10))
+    new.unlink()
+    table = run(Engine(), tmp_path / "c" / "sub-01_FLAIR.nii.gz", out)
+    assert table.scan[0] != "sub-01" and bids.paths(out, "sub-01")["mask"].exists()
+
+
+@pytest.mark.parametrize("name", ["README", "index.html", "manual/sub-01/anat/mask.nii.gz", "fmriprep/dataset_description.json"])
+def test_results_do_not_go_among_files_of_something_else(scan, tmp_path, name):
+    flair, out = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out"
+    write_atomic(out / name, "mine")
+    with pytest.raises(InputError, match=f"holds {name.split('/')[0]} of something else"):
+        run(Engine(), flair, out)
+    assert (out / name).read_text() == "mine" and not (out / "dataset_description.json").exists()
 
 
 def test_two_scans_of_one_name_do_not_overwrite_one_another(scan, tmp_path):

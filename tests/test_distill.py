@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -111,6 +111,15 @@ def test_a_distillation_that_was_interrupted_ends_as_if_it_had_not_been(data, ta
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     with pytest.raises(CheckpointError, match="another settings"):
         distill.distill(replace(SMOKE, alpha=0.9), *data, tmp_path, progress=False)
+
+
+def test_settings_that_came_after_a_checkpoint_make_it_no_other():
+    state = {name: None for name in distill._STATE}
+    tree = json.loads(json.dumps(asdict(SMOKE)))
+    del tree["training"]["start"], tree["feature"]
+    for alpha, differing in ((SMOKE.alpha, []), (0.9, ["settings"])):
+        state["origin"] = {"settings": json.dumps(tree | {"alpha": alpha}), "teacher": "t", "data": "d"}
+        assert distill._differing(state, {"settings": "", "teacher": "t", "data": "d"}, SMOKE) == differing
 
 
 def test_the_students_file_is_a_base_with_the_teachers_other_parts(taught, data):

@@ -1,9 +1,10 @@
 import pytest
 
 from wmhlib import cohort, download
-from wmhlib.errors import CheckpointError, MissingStepError, RecipeError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError, RecipeError
+from wmhlib.files import read_table
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 
 @pytest.fixture
@@ -16,6 +17,16 @@ def test_the_synthetic_cohort_is_made_once(monkeypatch, run):
     monkeypatch.setattr(download.phantom, "write_cohort", lambda folder, *a, **how: made.append((folder, *a, how)))
     assert download.get_cohort(run) == download.get_cohort(run) == run.path / "data"
     assert made == [(run.path / "data", 12, 42, 3.0, {"scanners": "challenge", "heads": ()})]
+
+
+def test_a_folder_with_another_synthetic_cohort_or_part_of_one_is_refused(monkeypatch, run, tmp_path):
+    monkeypatch.setattr(download.phantom, "write_cohort", lambda *_, **__: 1 / 0)
+    for _ in range(2):  # what was interrupted is made again
+        with pytest.raises(ZeroDivisionError):
+            download.get_cohort(run)
+    other = RunFolder(tmp_path / "other").open(preset("smoke", "seed=7"))
+    with pytest.raises(InputError, match="another synthetic cohort, or a part of one"):
+        download.get_cohort(other, "synthetic", str(run.path / "data"))
 
 
 def test_your_own_folder_is_taken_as_it_is(run, tmp_path):

@@ -7,12 +7,13 @@ import torch
 from wmhlib.batches import with_context
 from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
 from wmhlib.errors import CheckpointError, MissingStepError
+from wmhlib.files import write_atomic, write_table
 from wmhlib.network import WMHNet, load_network
 from wmhlib.phantom import write_cohort
 from wmhlib.presets import preset
 from wmhlib.trained import weights_bytes
 from wmhlib.volumes import brain_slices, case_canvas, load_case
-from wmhlib.workspace import RunFolder, write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from wmhlib import bids, derivatives
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.ensemble import Ensemble, open_engine
 from wmhlib.errors import InputError
+from wmhlib.files import read_table, write_atomic
 from wmhlib.network import build_network
 from wmhlib.presets import preset
 from wmhlib.trained import weights_bytes
@@ -16,7 +17,7 @@ from wmhlib.volumes import load_case
 from wmhlib.volumetric import model
 from wmhlib.volumetric.networks import UNet
 from wmhlib.volumetric.windows import FLIPS, predict_box
-from wmhlib.workspace import RunFolder, read_table, run_folders, write_atomic
+from wmhlib.workspace import RunFolder, run_folders
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from wmhlib.agreement import agreement_table, by_group, calibration_error, compa
 from wmhlib.engine import Prediction, WMHInferenceEngine
 from wmhlib.errors import InputError
 from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
+from wmhlib.files import read_table
 from wmhlib.metrics import filter_components
 from wmhlib.nifti import load_mask, load_volume
 from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 POINT = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True, zscore_threshold=2.0, unsure_above=0.2, poor_below=0.8)
 

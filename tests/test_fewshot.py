@@ -8,12 +8,12 @@ import torch
 from wmhlib import fewshot
 from wmhlib.errors import RecipeError
 from wmhlib.evaluation import ZERO_SHOT
+from wmhlib.files import read_table
 from wmhlib.medsam import build_encoder
 from wmhlib.network import Decoder
 from wmhlib.presets import preset
 from wmhlib.promptable import Promptable
 from wmhlib.training import fit
-from wmhlib.workspace import read_table
 
 OVERRIDES = ""
 SHORT = "training.epochs=2 training.validate_epochs=2 training.checkpoint_epochs=2 training.warmup_epochs=1"

@@ -109,3 +109,9 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path, grid):
 
     first, second = (figures.save_figure(make(), tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert first == second and b"Software" not in first and make()._repr_png_() == first
+
+
+def test_a_scan_of_one_slice_without_a_lesion_has_an_overlay():
+    flair = np.random.default_rng(0).random((24, 28, 1)).astype(np.float32)
+    figure = figures.overlay_figure(flair, np.zeros(flair.shape, bool), 0 * flair, 0 * flair, np.eye(4))
+    assert len([ax for ax in figure.axes if ax.get_title().startswith("z = ")]) == 1

@@ -29,7 +29,8 @@ from wmhlib import (
 from wmhlib.adapters import budget
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import InputError
-from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
+from wmhlib.files import read_table, write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 OVERRIDES = ("inputs.modalities=['red','green','blue'] inputs.img_size=32 split.protocol=given cohort.scanners=vessels cohort.synthetic_cases=5 "
              "cohort.scale=4.0 operating.sizes_mm3=[] training.batch_size=2")

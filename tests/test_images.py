@@ -12,8 +12,8 @@ from wmhlib.batches import drop_modalities
 from wmhlib.canvas import from_canvas
 from wmhlib.engine import Prediction
 from wmhlib.errors import InputError, RecipeError
+from wmhlib.files import write_atomic
 from wmhlib.sections import Inputs
-from wmhlib.workspace import write_atomic
 
 RGB = Inputs(modalities=("red", "green", "blue"), img_size=64)
 

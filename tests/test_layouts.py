@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pandas as pd
@@ -7,7 +8,8 @@ from trees import bids, challenge, table
 
 from wmhlib import cohort, layouts
 from wmhlib.errors import InputError
-from wmhlib.workspace import read_table, write_atomic, write_table
+from wmhlib.files import read_table, write_atomic, write_table
+from wmhlib.sections import Inputs
 
 
 def test_the_challenge_layout(touch):
@@ -92,6 +94,43 @@ def test_bids_runs_and_acquisitions_keep_to_their_masks(touch):
         cohort.find_cases(touch("sub-2/anat/sub-2_run-1_FLAIR.nii.gz", "sub-2/anat/sub-2_run-2_FLAIR.nii.gz", bids("2")[1]))
 
 
+def test_a_scan_without_acquisition_and_one_with_keep_to_their_masks(touch):
+    anat, masks = "sub-1/anat/sub-1_", "derivatives/manual/sub-1/anat/sub-1_"
+    folder = touch(f"{anat}FLAIR.nii.gz", f"{anat}acq-low_FLAIR.nii.gz", f"{masks}label-WMH_mask.nii.gz")
+    assert cohort.find_cases(folder).case.tolist() == ["sub-1"]
+    touch(f"{masks}acq-low_label-WMH_mask.nii.gz")
+    assert cohort.find_cases(folder)["mask"].str.contains("acq-low").tolist() == cohort.find_cases(folder).case.str.contains("acq-low").tolist() == [False, True]
+
+
+def test_several_t1_that_nobody_asked_for_are_no_trouble(touch):
+    folder = touch(*bids("1"), *(f"sub-1/anat/sub-1_space-FLAIR_desc-{name}_T1w.nii.gz" for name in ("brain", "preproc")))
+    assert cohort.find_scans(folder).t1.tolist() == cohort.find_cases(folder).t1.tolist() == [""]
+    with pytest.raises(InputError, match="more than one candidate for its t1"):
+        cohort.find_scans(folder, Inputs(modalities=("flair", "t1")))
+
+
+def test_endings_in_capitals_are_endings(touch):
+    assert cohort.find_scans(touch("Head_FLAIR.NII.GZ", "Other_FLAIR.Nii")).case.tolist() == ["Head_FLAIR", "Other_FLAIR"]
+
+
+@pytest.mark.parametrize("error, outcome", [(PermissionError(13, "no"), "left out .*sub-2, which may not be read"), (OSError(5, "I/O error"), "cannot be listed .I/O error")])
+def test_a_folder_that_cannot_be_listed_is_not_passed_over_in_silence(touch, monkeypatch, capsys, error, outcome):
+    folder, scandir = touch(*bids("1"), *bids("2")), os.scandir
+
+    def failing(path):
+        if str(path).endswith("sub-2"):
+            error.filename = str(path)
+            raise error
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    if isinstance(error, PermissionError):
+        assert cohort.find_scans(folder).case.tolist() == ["sub-1"] and re.search(outcome, capsys.readouterr().out)
+    else:
+        with pytest.raises(InputError, match=outcome):
+            cohort.find_scans(folder)
+
+
 def test_masks_of_two_pipelines_are_left_to_the_user_and_every_such_case_is_named(touch):
     folder = touch(*bids("1"), *bids("1", pipeline="samseg", mask="label-lesion_dseg"), *bids("2"), *bids("3"), *bids("3", pipeline="bianca"))
     with pytest.raises(InputError, match=r"(?s)sub-1 has .*derivatives/manual/.*derivatives/samseg/.*sub-3 .*derivatives/bianca.*cases\.csv") as error:
@@ -116,6 +155,14 @@ def test_the_site_of_a_participant_is_taken_from_its_table(touch, column):
     touch(*bids("5"))
     sites = cohort.find_cases(folder).set_index("case").site.to_dict()
     assert sites == {"sub-1": "Prisma_3T", "sub-2": folder.name, "sub-3": "Skyra", "sub-4": folder.name, "sub-5": folder.name}
+
+
+def test_sites_that_cannot_be_read_stop_no_prediction(touch, capsys):
+    folder = touch(*bids("1"))
+    (folder / "participants.tsv").write_bytes("participant_id\tsite\nsub-1\tZürich\n".encode("latin-1"))
+    assert cohort.find_scans(folder).site.tolist() == [folder.name] and "no sites: " in capsys.readouterr().out
+    with pytest.raises(InputError, match="participants.tsv"):
+        cohort.find_cases(folder)
 
 
 def test_two_bids_datasets_with_the_same_numbers_are_different_people(touch):

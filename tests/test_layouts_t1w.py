@@ -3,7 +3,7 @@ from trees import T1W, atlas, bids, challenge, table
 
 from wmhlib import cohort
 from wmhlib.errors import InputError
-from wmhlib.workspace import write_atomic
+from wmhlib.files import write_atomic
 
 
 def test_atlas_has_t1w_scans_in_the_folders_of_its_sites(touch, capsys):

@@ -8,8 +8,9 @@ import torch
 from test_engine import network
 
 from wmhlib import derivatives
+from wmhlib.files import read_table, write_atomic
 from wmhlib.trained import weights_bytes
-from wmhlib.workspace import RunFolder, read_table, write_atomic
+from wmhlib.workspace import RunFolder
 
 
 def trained_run(path):

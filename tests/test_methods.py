@@ -8,9 +8,10 @@ import pytest
 
 from wmhlib import methods
 from wmhlib.errors import MissingStepError
+from wmhlib.files import write_atomic, write_table
 from wmhlib.presets import preset
 from wmhlib.sections import METHODS
-from wmhlib.workspace import RunFolder, write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 POINT = dict(threshold=0.45, min_voxels=1, min_mm3=9.0, tta=True, dsc=0.7, se=None, n=1)
 COUNTS = dict(trainable=10, total=40, share_percent=25.0, trainable_mb_fp32=0.1)

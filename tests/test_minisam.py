@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from wmhlib import minisam, suite, teacher
 from wmhlib.bench import distilled
 from wmhlib.errors import RecipeError
+from wmhlib.files import read_table
 from wmhlib.losses import dice_loss, total_loss
 from wmhlib.presets import preset
 from wmhlib.sections import Inputs
 from wmhlib.teacher import PRESETS
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 OVERRIDES = "training.epochs=1 training.warmup_epochs=0 training.slices=6"
 

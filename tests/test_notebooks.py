@@ -11,8 +11,9 @@ import pytest
 
 from wmhlib import evaluation, suite
 from wmhlib.cohort import find_cases
+from wmhlib.files import read_table
 from wmhlib.phantom import write_cohort
-from wmhlib.workspace import RunFolder, read_table
+from wmhlib.workspace import RunFolder
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))

@@ -4,8 +4,9 @@ import pytest
 
 from wmhlib import cohort, download
 from wmhlib.errors import InputError
+from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder, read_table, write_atomic, write_table
+from wmhlib.workspace import RunFolder
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from wmhlib import training
 from wmhlib.errors import WMHError
+from wmhlib.files import read_table
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.processes import Average, StepStatistics
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import read_table
 
 # Micro-batches of 3, so that two processes share 3 of a step, and a last step is left over.
 OVERRIDES = "inputs.img_size=32 training.epochs=2 training.restart_epochs=2 training.batch_size=3 training.accumulation=3 training.ema=0.9"

@@ -136,6 +136,12 @@ def test_a_predicted_case_gets_the_baselines_mask(obedient, boxy):
         obedient.zero_shot(dataclasses.replace(case, mask=None))
 
 
+def test_a_case_without_a_lesion_has_an_empty_zero_shot_mask(obedient, boxy):
+    case = boxy()
+    found = obedient.zero_shot(dataclasses.replace(case, mask=np.zeros_like(case.mask)))
+    assert found.shape == case.mask.shape and found.dtype == bool and not found.any()
+
+
 def test_a_base_with_three_channels_of_its_own_is_fed_as_medsam(recipe, tmp_path, boxy):
     state = {name: value for name, value in torch.load(recipe.encoder.checkpoint).items() if not name.startswith("channel_adapter.")}
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "medsam.safetensors")

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from wmhlib import figures, report
+from wmhlib import captions, figures, report
 from wmhlib.workspace import RunFolder
 
 
@@ -76,9 +76,9 @@ def test_a_figure_is_kept_and_shown_with_its_caption(tmp_path, monkeypatch):
 
 def test_captions_of_figures_name_the_data_and_what_good_looks_like():
     tables = {"groups", "sizes", "zones", "cases"}
-    captions = {name: report.caption(name, "synthetic cases", 9) for name in report._CAPTIONS}
-    assert all("Good:" in text or name in tables for name, text in captions.items())
-    assert all("9 synthetic cases" in " ".join(text.split()) or name in ("zones", "overlay") for name, text in captions.items())
+    texts = {name: report.caption(name, "synthetic cases", 9) for name in captions.CAPTIONS}
+    assert all("Good:" in text or name in tables for name, text in texts.items())
+    assert all("9 synthetic cases" in " ".join(text.split()) or name in ("zones", "overlay") for name, text in texts.items())
 
 
 def test_zones_have_dice_recall_and_volumes(evaluated):

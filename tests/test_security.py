@@ -15,13 +15,14 @@ from test_engine import network, origin
 from wmhlib import bids, evaluation, medsam, provenance
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
+from wmhlib.files import write_atomic
 from wmhlib.network import load_network
 from wmhlib.nifti import load_volume
 from wmhlib.presets import preset
 from wmhlib.sections import Encoder
 from wmhlib.settings import Recipe
 from wmhlib.trained import weights_bytes
-from wmhlib.workspace import RunFolder, write_atomic
+from wmhlib.workspace import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "wmhlib").rglob("*.py")), *sorted((ROOT / "notebooks").glob("*.py"))]

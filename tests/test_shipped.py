@@ -8,12 +8,13 @@ import torch
 
 from wmhlib import medsam, shipped
 from wmhlib.errors import CheckpointError, InputError, MissingStepError
+from wmhlib.files import write_atomic, write_table
 from wmhlib.network import WMHNet, load_network
 from wmhlib.presets import preset
 from wmhlib.promptable import promptable_of
 from wmhlib.sections import SHIPPED, Adapter, Encoder, Inputs, Pretext
 from wmhlib.trained import weights_bytes
-from wmhlib.workspace import MINISAM, RunFolder, write_atomic, write_table
+from wmhlib.workspace import MINISAM, RunFolder
 
 SMOKE = preset("smoke")
 BASE = replace(SMOKE, adapter=Adapter(method="full"), pretext=Pretext(prompts=1.0, mlp=16))

@@ -7,8 +7,8 @@ from scipy.stats import ks_2samp
 
 from wmhlib import splits
 from wmhlib.errors import InputError, RecipeError
+from wmhlib.files import read_table, write_table
 from wmhlib.presets import preset
-from wmhlib.workspace import read_table, write_table
 
 
 def made_up(sites, sessions=1):
@@ -201,6 +201,14 @@ def test_a_split_changed_by_hand_is_checked(tmp_path):
                            (split.drop(columns="subject"), "no column subject: .* run notebook 02")):
         with pytest.raises(InputError, match=message):
             splits.check_split(table, cases)
+
+
+def test_cases_that_came_after_the_split_are_named(capsys):
+    cases = made_up({"A": 9})
+    splits.check_split(split_by(cases), cases)
+    assert not capsys.readouterr().out
+    splits.check_split(split_by(cases), pd.concat([cases, cases.tail(1).assign(case="late", subject="late")]))
+    assert "1 cases of the cohort are in no part of the split (late)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("role", ["flair", "mask"])

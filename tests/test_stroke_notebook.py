@@ -12,10 +12,11 @@ from wmhlib import compare, search, suite
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.errors import WMHError
 from wmhlib.figures import save_figure
+from wmhlib.files import read_table, write_atomic
 from wmhlib.presets import preset
 from wmhlib.volumes import load_case
 from wmhlib.volumetric import study
-from wmhlib.workspace import RunFolder, read_table, write_atomic
+from wmhlib.workspace import RunFolder
 
 TINY = "training.epochs=1 training.warmup_epochs=0 volume.patches=1"
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from wmhlib import epochs, slicestore, tasks, training
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
+from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.network import load_network
 from wmhlib.presets import preset
 from wmhlib.sections import Training
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import RunFolder, read_table, stable_seed, write_atomic, write_table
+from wmhlib.workspace import RunFolder, stable_seed
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
 

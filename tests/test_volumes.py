@@ -77,6 +77,20 @@ def test_normalisation_ignores_units_scalp_and_lesions(head):
     assert abs(np.median(heavy.images[0][tissue])) < 0.3 and heavy.images[0][inside & ~tissue].min() > 5
 
 
+def test_a_brain_that_was_z_scored_alone_is_normalised_as_it_was_before(head):
+    def stripped(data):
+        return np.where(data > 50, np.minimum(data, 130), 0)
+
+    def scored(data):
+        brain, values = stripped(data) > 0, stripped(data)
+        return np.where(brain, (values - values[brain].mean()) / values[brain].std(), 0)
+
+    plain, found = load_case(head(change=stripped)), load_case(head(name="scored.nii.gz", change=scored))
+    assert np.array_equal(plain.inner, found.inner)
+    np.testing.assert_allclose(found.images[0][plain.inner], plain.images[0][plain.inner], atol=1e-3)
+    assert (found.images[0][plain.volume.data == 0] == found.images[0].min()).all()
+
+
 def test_gaussian_tissue_gets_a_deviation_of_one_and_the_extremes_the_ends_of_the_range():
     data = np.random.default_rng(0).normal(300, 40, (100, 100, 20))
     data[0, 0, :2] = -1e4, 1e4

@@ -11,11 +11,11 @@ from test_training import assert_same, outcome
 from wmhlib import hardware, tasks, training
 from wmhlib.adapters import budget
 from wmhlib.errors import InputError, RecipeError, WMHError
+from wmhlib.files import read_table
 from wmhlib.network import build_network, load_network
 from wmhlib.presets import preset
 from wmhlib.volumetric import model, task
 from wmhlib.volumetric.networks import UNet
-from wmhlib.workspace import read_table
 
 OVERRIDES = ("volume.network=attention volume.spacing=5 volume.box=[32,48,32] volume.patch=[32,32,32] volume.patches=2 training.batch_size=2 training.accumulation=2 "
              "training.epochs=3 training.restart_epochs=3 training.checkpoint_epochs=1 training.lr=1e-2 loss.tversky=0.15 training.ema=0.9")

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from wmhlib.errors import InputError, MissingStepError, RecipeError
+from wmhlib.files import atomic, read_table, write_atomic, write_table
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder, atomic, natural, read_table, stable_seed, write_atomic, write_table
+from wmhlib.workspace import RunFolder, natural, stable_seed
 
 
 @pytest.fixture

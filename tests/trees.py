@@ -1,7 +1,7 @@
 """Names of files as the layouts have them, and a table of cases."""
 
+from wmhlib.files import write_atomic
 from wmhlib.sections import Inputs
-from wmhlib.workspace import write_atomic
 
 
 def challenge(case, suffix=".nii.gz"):

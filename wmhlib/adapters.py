@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import spectral
 from .sections import Adapter
+from .threads import one_thread
 
 _ATTENTION, _MLP = r".*\.attn\.(qkv|proj)", r".*\.mlp\.lin[12]"
 
@@ -117,7 +118,7 @@ def _take_principal(layer: Linear) -> None:
     root = s[: len(a)].sqrt()
     a.copy_(root[:, None] * vt[: len(a)])
     b.copy_(u[:, : len(a)] * root)
-    with spectral.one_thread():
+    with one_thread():
         weight.copy_(weight.double() - b.double() @ a.double())
 
 

@@ -44,11 +44,8 @@ def _tails(n: int) -> tuple[float, float]:
 
 def wilson(count: int, n: int) -> tuple[float, float]:
     """95 % interval of the proportion count / n (Wilson 1927); NaN for n = 0."""
-    if not n:
-        return np.nan, np.nan
-    z = float(scipy.stats.norm.ppf(0.975))
-    centre, half = count + z**2 / 2, z * np.sqrt(count * (n - count) / n + z**2 / 4)
-    return max(0.0, float(centre - half) / (n + z**2)), min(1.0, float(centre + half) / (n + z**2))
+    low, high = scipy.stats.binomtest(count, n).proportion_ci(method="wilson") if n else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def bland_altman(reference, result) -> dict:

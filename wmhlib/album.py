@@ -11,11 +11,11 @@ from tqdm import tqdm
 from . import images
 from .engine import WMHInferenceEngine
 from .errors import InputError
+from .files import write_table
 from .metrics import chosen, components
 from .nifti import save_like
 from .uncertainty import case_uncertainty
 from .volumes import load_case
-from .workspace import write_table
 
 TABLE = "images.csv"
 

@@ -47,8 +47,7 @@ class Patient:
     """
 
     def __init__(self, axes: tuple[np.ndarray, ...], centre: float, rng: np.random.Generator, generator: torch.Generator,
-                 sub: int = 2, burden: tuple[float, float] = (0.5, 60), softness: tuple[float, float] = (0.04, 0.1),
-                 folds: float = 1.0, head: str = ""):
+                 sub: int, burden: tuple[float, float], softness: tuple[float, float], folds: float, head: str):
         self.axes, self.rng, self.generator, self.box = axes, rng, generator, (slice(None),) * 3
         self.sub, self.softness = sub, softness
         self.burden = self.log_uniform(*burden)  # mL

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .fetch import disk_error, length, need_space
-from .workspace import atomic
+from .files import atomic
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: an unknown compression
 

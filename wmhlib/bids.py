@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import pandas as pd
 
 from . import __version__
 from .errors import InputError
+from .files import write_atomic
 from .layouts import stem
 from .sections import Inputs
-from .workspace import write_atomic
 
 TABLE, INDEX = "wmh_volumes.csv", "index.html"  # of all scans, at the top
 _DESCRIPTION = "dataset_description.json"
@@ -91,21 +92,24 @@ def read_sidecars(out: Path, kind: Kind = WMH) -> dict[str, dict]:
     return found
 
 
-def name_scans(scans: pd.DataFrame, taken: dict[str, str]) -> dict[str, str]:
+def name_scans(scans: pd.DataFrame, taken: dict[str, str], made_of: Callable[[str, str], bool] = lambda name, flair: False) -> dict[str, str]:
     """The name of the results of each FLAIR of `scans` (columns flair, and subject, session where known).
 
     A file named as BIDS names it keeps its entities; another gets the subject it is listed with, else the letters and
     digits of its file name, else of the nearest folder. `taken` (name -> FLAIR) are results that exist. A FLAIR keeps its
-    name; of several that would have one name (case aside, as some disks see it) the first by path gets it, and to the
-    subject of the others six digits of their path's sha256 are added.
+    name, also where it has moved (`made_of` tells whether the results of a name are those of a FLAIR); of several that would have
+    one name (case aside, as some disks see it) the first by path gets it, and to the subject of the others six digits of their
+    path's sha256 are added.
     """
     names = {flair: name for name, flair in taken.items()}
-    owners = {name.lower(): flair for name, flair in taken.items() if os.path.exists(flair)}
+    owners = {name.lower(): flair for name, flair in taken.items()}
     for scan in scans.fillna("").sort_values("flair").to_dict("records"):
         flair = scan["flair"]
         if flair not in names:
             subject, rest = _entities(scan)
-            if f"{subject}{rest}".lower() in owners:
+            owner, name = owners.get(f"{subject}{rest}".lower()), f"{subject}{rest}"
+            moved = name in taken and owner == taken[name] and not os.path.exists(owner) and made_of(name, flair)
+            if owner and not moved:
                 subject += hashlib.sha256(flair.encode()).hexdigest()[:6]
             names[flair] = subject + rest
         owners[names[flair].lower()] = flair
@@ -127,14 +131,19 @@ def uri(flair: str, links: dict[Path, str]) -> str:
 def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
     """The files at the top of the dataset: description, README, the columns of the lesion tables, what is not BIDS.
 
-    Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind.
+    Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind, or a folder with
+    files of these names or with datasets in it.
     """
+    strange = sorted(path.name for path in out.glob("*") if path.name in ("README", ".bidsignore", INDEX) or (path / _DESCRIPTION).exists()
+                     or not path.name.startswith("sub-") and any(path.glob("sub-*")))  # read first: another process may be writing
     before = (out / _DESCRIPTION).read_bytes() if (out / _DESCRIPTION).exists() else b""
     other = next((some.lesions for some in (WMH, STROKE) if some != kind and f'"Name": "{some.lesions}"'.encode() in before), "")
     if other:
         raise InputError(f"{out} holds results on another kind of scan ({other}): choose another folder for the results")
     if before and b'"Name": "wmhlib"' not in before:
         raise InputError(f"{out} holds another dataset ({_DESCRIPTION} is not of wmhlib): choose another folder for the results")
+    if strange and not before:
+        raise InputError(f"{out} holds {', '.join(strange[:3])} of something else: choose a folder for the results alone, such as {out / 'wmhlib'}")
     places = {name: Path(os.path.relpath(root, out)).as_posix() for root, name in links.items()}
     description = {
         "Name": kind.lesions, "BIDSVersion": "1.10.0", "DatasetType": "derivative",

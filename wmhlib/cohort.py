@@ -31,11 +31,12 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
 
     Columns, all text: case (unique), subject (who was scanned: `sub-*` in BIDS, the case itself in the challenge, as given in
     a table), site (the folder above the case; in BIDS the participant's site, or the dataset's name), flair, t1, mask and
-    ventricles (absolute paths, "" if none; flair is the image where it is one, and the T1w scan where `inputs` are T1 alone), group ("training", "val", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
+    ventricles (absolute paths, "" if none; flair is the image where it is one, and the T1w scan where `inputs` are T1 alone),
+    group ("training", "val", "test" or ""), origin ("synthetic" or "real"). Scans without a mask are left out, and named.
     Raises InputError, with every case it concerns, for no labelled case, two files for one role, two cases of one name or file.
     """
     contrast = _contrast(inputs)
-    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), _FILES, place, contrast)
+    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), _FILES, place, inputs)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
         more = " ..." if len(unlabelled) > 3 else ""
@@ -61,14 +62,14 @@ def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     FLAIR's grid is known; where `inputs` are T1 alone, flair is the T1w scan). Raises InputError where there is no scan, or two of one name.
     """
     contrast = _contrast(inputs)
-    scans = _resolved(layouts.candidates(place, False, contrast), ("flair", "t1"), place, contrast)
+    scans = _resolved(layouts.candidates(place, False, contrast), ("flair", "t1"), place, inputs)
     return scans[["case", "subject", "session", "site", "flair", "t1"]]
 
 
 def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volume | None = None) -> pd.DataFrame:
-    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), of whole
-    volumes where `volume` names a network, will, and describes it, one row each: case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings (none is fatal), digest
-    (of the FLAIR's voxels, by which the same scan is known elsewhere).
+    """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), of whole volumes where `volume` names a network, will,
+    and describes it, one row each: case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings
+    (none is fatal), digest (of the FLAIR's voxels, by which the same scan is known elsewhere).
 
     Raises InputError with every case that cannot be used and the file to mend; one scan under two names is such a case.
     """
@@ -119,8 +120,11 @@ def _contrast(inputs: Inputs | None) -> str:
     return "t1" if inputs and inputs.t1_alone else "flair"
 
 
-def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, contrast: str) -> pd.DataFrame:
-    """The candidates as a table, one file for each role; raises InputError where that cannot be."""
+def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, inputs: Inputs | None) -> pd.DataFrame:
+    """The candidates as a table, one file for each role; raises InputError where that cannot be. Of several T1 that `inputs` do not ask for none is taken."""
+    contrast = _contrast(inputs)
+    if "t1" not in (inputs or Inputs()).modalities[1:]:
+        rows = [row | {"t1": row["t1"] * (len(row["t1"]) == 1)} for row in rows]
     if not rows and contrast == "t1":
         raise InputError(f"no T1w scans in {place}: expected BIDS (sub-*/ses-*/anat/*_T1w.nii.gz, in folders of sites or not), "
                          "a table cases.csv, or NIfTI files with T1 in their names")
@@ -220,12 +224,23 @@ def _ventricle_notes(path: str, case: volumes.Case) -> list[str]:
     return [f"{share:.0%} of the lesion voxels lie in the ventricle mask"] if share > _SHARED else []
 
 
+def _header_notes(header: nibabel.Nifti1Header) -> list[str]:
+    if not header["sform_code"] and not header["qform_code"]:
+        return ["no orientation in its header: left and right are a guess"]
+    try:
+        named = {nibabel.aff2axcodes(affine) for affine in (header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]) if affine is not None}
+    except (ValueError, nibabel.spatialimages.HeaderDataError):  # a qform that is none
+        return []
+    return ["sform and qform name different orientations: sform is used"] * (len(named) > 1)
+
+
 def _geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
     codes, spacing = _codes(flair), np.array(flair.spacing)
     extent = dict(zip(("LRPAIS".index(code) // 2 for code in codes), spacing * flair.data.shape))
     notes = ["not acquired in axial slices"] if axial and codes[2] not in "SI" else []
     if spacing.max() >= _THICK_MM or spacing.max() >= _ANISOTROPY * spacing.min():
         notes.append(f"slices {spacing.max():.1f} mm apart: small lesions fall between them")
+    notes += _header_notes(flair.image.header)
     least = zip((2, 0, 1), ("high", "wide", "long"), _EXTENT_MM)
     short = [f"{extent[axis]:.0f} mm {name}" for axis, name, mm in least if extent[axis] < mm]
     return notes + ([f"covers {', '.join(short)}: less than a head"] if short else [])

@@ -48,7 +48,11 @@ def secret(name: str) -> str | None:
         return None
     file = Path(value.strip()).expanduser()
     try:
-        return file.read_text().strip() if file.exists() else value.strip()
+        there = file.exists()
+    except OSError:  # too long for a name: the secret itself
+        there = False
+    try:
+        return file.read_text().strip() if there else value.strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name} names {file}, which is no text file ({type(error).__name__}): set it to the secret itself, or to a file that holds it") from None
 
@@ -98,8 +102,8 @@ def _say_without_gpu() -> None:
 def _mounted_drive() -> str:
     from google.colab import drive
     try:
-        if not (_DRIVE / "MyDrive").exists():
-            drive.mount(str(_DRIVE))
+        if not os.path.ismount(_DRIVE):  # nor where a mount has died
+            drive.mount(str(_DRIVE), force_remount=True)
         return str(_DRIVE / "MyDrive" / "wmh-lora")
     except Exception as error:
         print(f"Google Drive is not mounted ({error}): runs go to /content/wmh-lora-runs and vanish with this session. "

@@ -9,24 +9,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
-import torch
 from tqdm import tqdm
 
-from .adapters import budget
-from .bench.steps import Step, step_memories
-from .bench.table import alternate
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
+from .files import read_table, write_table
 from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
 from .presets import planned
 from .report import missing_scores
+from .sections import LOW_RANK
 from .settings import Recipe
-from .trained import weights_bytes
 from .training import fit
 from .volumes import load_case
-from .workspace import RunFolder, read_table, write_table
+from .workspace import RunFolder
 
-RANKED = ("lora", "rslora", "dora", "pissa", "adalora", "qlora", "salt")  # the other methods have no rank
+RANKED = (*LOW_RANK, "qlora", "salt")  # the other methods have no rank
 PLAIN = ("none", "bias", "ssam", "full")
 VOLUMES = ("reference_ml", "result_ml")
 BASELINE, WITH_T1, WITH_NEIGHBOURS = "recipe", "with T1", "with neighbours"  # of the ablations
@@ -168,24 +165,6 @@ def job_of(text: str) -> tuple[int, int]:
     if not 1 <= mine <= jobs:
         raise InputError(f"share {text!r} is impossible: expected i/n with i from 1 to n, such as 2/8 for the second of eight jobs")
     return mine, jobs
-
-
-def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.DataFrame:
-    """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
-    network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
-    batch, on a GPU where there is one), `step_ratio` to LoRA's at the ranks of `recipe`, with which it takes turns, and `peak_mb` of a fresh
-    process on the CPU in which one runs."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipes = {name: recipe.with_overrides(overrides) for name, overrides in named.items()}
-    rows, lora = [], Step(recipe.with_overrides("adapter.method=lora"), "ours", device)
-    for (name, own), memory in zip(recipes.items(), step_memories(list(recipes.values()), "ours")):
-        step = Step(own, "ours", device)
-        spent, _ = alternate({"lora": lora.run, "own": step.run}, repetitions, warm=True)
-        counts, seconds = budget(step.network), float(np.median(spent["own"]))
-        rows.append(dict(system=name, trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
-                         file_mb=1e-6 * len(weights_bytes(step.network, {"recipe": own.to_json()})), peak_mb=sum(memory.values()), step_s=seconds,
-                         step_ratio=seconds / float(np.median(spent["lora"]))))
-    return pd.DataFrame(rows, columns=["system", "trainable", "adapter", "share_percent", "file_mb", "peak_mb", "step_s", "step_ratio"])
 
 
 def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:

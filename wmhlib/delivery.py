@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import storage
-from .workspace import sha256
+from .files import sha256
 
 
 @dataclass(eq=False)
@@ -33,6 +33,7 @@ class Version:
     slot = property(lambda self: "checkpoint" if self.epoch else self.name)
 
     def place(self, folder: Path, data: bytes | memoryview) -> None:
+        """Write `data`, the version's content, to its place in `folder`; OSError where that fails."""
         path = folder / self.name
         if path.parent != folder:  # never make `folder`: where a Drive was mounted it would be a local one, and hide the Drive
             path.parent.mkdir(exist_ok=True)
@@ -63,6 +64,7 @@ class Delivery:
         self._adopt()
 
     def send(self, version: Version) -> None:
+        """Bring `version` into the folder, now or as soon as it can be; nothing is raised for a folder that fails."""
         with self._change:
             self._closing = self._abandoned = False
             self._pending[version.slot] = version

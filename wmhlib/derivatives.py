@@ -30,18 +30,19 @@ from accelerate.utils import gather_object
 
 from . import bids, cohort, provenance, scanpages
 from .errors import InputError, WMHError
+from .files import sha256, write_atomic, write_table
 from .layouts import stem
-from .metrics import chosen, lesion_table, volume_ml
+from .metrics import chosen, lesion_table
 from .nifti import Volume, load_mask, load_volume, save_like
+from .processes import main_speaks_first
 from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
 from .volumes import load_case
-from .workspace import RunFolder, natural, sha256, write_atomic, write_table
+from .workspace import RunFolder, natural
 
 TABLE, INDEX = bids.TABLE, bids.INDEX
 COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
            "min_mm3", "tta", "status", "reason", "page"]
-_GRACE_S = 60.0  # longer than the main process takes to say what is wrong
 _LONGEST = timedelta(days=30)  # that one process may wait for another
 _DESCRIPTIONS = {
     "mask": "Mask of {lesion}: 1 where the probability reaches the threshold, small components left out",
@@ -105,7 +106,8 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
                              f"results alone, such as {out / 'derivatives' / 'wmhlib'}")
     kind = bids.kind_of(engine.recipe.inputs)
     before = provenance.done_before(out, kind)
-    names = bids.name_scans(scans, {name: sidecar["FLAIR"] for name, sidecar in before.items()})
+    names = bids.name_scans(scans, {name: sidecar["FLAIR"] for name, sidecar in before.items()},
+                            lambda name, flair: os.path.isfile(flair) and before[name]["MadeWith"].get("flair_sha256") == sha256(flair))
     links = bids.sources([*names, *(sidecar["FLAIR"] for sidecar in before.values())])
     bids.write_dataset(out, links, kind)
     first, step = (processes.process_index, processes.num_processes) if processes else (0, 1)
@@ -149,11 +151,10 @@ def main(arguments: list[str] | None = None) -> int:
     processes = PartialState(cpu=True, timeout=_LONGEST)  # what they exchange needs no GPU, and several can share one
     gpus = torch.cuda.device_count()
     try:
-        engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
-        table = predict_scans(engine, find(given.flair, inputs=engine.recipe.inputs), given.out, processes=processes)
+        with main_speaks_first(processes.is_main_process):
+            engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
+            table = predict_scans(engine, find(given.flair, inputs=engine.recipe.inputs), given.out, processes=processes)
     except WMHError as error:
-        if not processes.is_main_process:  # the launcher ends every process once one has ended: let the main one speak first
-            time.sleep(_GRACE_S)
         print(error, file=sys.stderr)
         return 1
     processes.wait_for_everyone()  # until the table is written
@@ -175,7 +176,7 @@ def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[d
     for row in order.head(n).to_dict("records"):
         paths, scan = bids.beside(out / row["page"]), load_volume(out / row["flair"])
         maps = (np.asarray(nibabel.load(paths[key]).dataobj, np.float32) for key in ("probability", "entropy"))
-        yield _shown(row["scan"], scan, load_mask(paths["mask"], scan) == 1, *maps)
+        yield _shown(row, scan, load_mask(paths["mask"], scan) == 1, *maps)
 
 
 def _paths(flair: str | Path | list) -> list[Path]:
@@ -198,11 +199,10 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     lesions = lesion_table(mask, prob, volume.affine)
     lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])
     uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
-    result = {"volume_ml": volume_ml(mask, volume.spacing), "lesions": len(lesions), "uncertainty": uncertainty,
+    result = {"volume_ml": float(lesions["volume_ml"].sum()), "lesions": len(lesions), "uncertainty": uncertainty,
               "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped}
     about = {key: {"Description": _DESCRIPTIONS[key].format(lesion=kind.lesion), "Sources": [source], "SpatialReference": source} for key in maps}
     about["mask"] |= {"Type": "Lesion", "Manual": False, "FLAIR": scan["flair"], "MadeWith": made_with, "Result": result}
-    shown = _shown(name, volume, mask, prob, maps["entropy"])
     paths = bids.paths(out, name, kind)
     commit = bids.sidecar(paths["mask"])
     commit.unlink(missing_ok=True)
@@ -211,8 +211,9 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     for key in ("probability", "entropy"):
         write_atomic(bids.sidecar(paths[key]), json.dumps(about[key], indent=2) + "\n")
     write_atomic(paths["lesions"], lesions.to_csv(sep="\t", index=False, float_format="%.6g", na_rep="n/a", lineterminator="\n"))
-    write_atomic(paths["thumbnail"], scanpages.thumbnail(shown))
     row = _relative(_row(name, about["mask"], kind), out)
+    shown = _shown(row, volume, mask, prob, maps["entropy"])
+    write_atomic(paths["thumbnail"], scanpages.thumbnail(shown))
     write_atomic(paths["page"], scanpages.scan_page(shown, row, lesions, paths, out / INDEX, kind))
     about["mask"]["Files"] = {path.name: sha256(path) for path in paths.values()}
     relative = {"FLAIR": os.path.relpath(scan["flair"], commit.parent)}  # so that scans and results can move together
@@ -220,8 +221,8 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     return about["mask"]
 
 
-def _shown(name: str, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure: np.ndarray) -> dict:
-    return {"case": name, "site": f"{volume_ml(mask, volume.spacing):.1f} mL", "affine": volume.affine, "spacing": volume.spacing,
+def _shown(row: dict, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure: np.ndarray) -> dict:
+    return {"case": row["scan"], "site": f"{row['volume_ml']:.1f} mL", "affine": volume.affine, "spacing": volume.spacing,
             "flair": volume.data, "result": mask, "prob": prob, "entropy": unsure}
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .batches import draw_slices, few_slices, stack_slices
@@ -23,13 +22,16 @@ from .checkpoints import Keeper
 from .embeddings import Embeddings, cached
 from .epochs import learning_rate
 from .errors import InputError, WMHError
+from .files import table_bytes
 from .medsam import build_encoder
 from .network import autocast, native_precision
 from .pretext import draw_parts
 from .promptable import draw_prompts
+from .settings import merge
 from .slicestore import CaseSlices
 from .teacher import Distillation, Teacher
-from .workspace import RunFolder, stable_seed, table_bytes
+from .trained import half, tensors_bytes
+from .workspace import RunFolder, stable_seed
 
 STUDENT = "student.safetensors"
 _STATE = ("origin", "history", "student", "optimizer", "scaler")
@@ -69,7 +71,7 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     placeless = dataclasses.replace(settings, teacher=dataclasses.replace(settings.teacher, checkpoint=""))  # the file may have moved
     origin = {"settings": json.dumps(dataclasses.asdict(placeless)), "teacher": job.teacher.sha256, "data": job.data}
     with Keeper(RunFolder(folder)) as keeper:
-        state = keeper.newest(lambda state: [name for name in origin if {key: state[key] for key in _STATE}["origin"][name] != origin[name]])
+        state = keeper.newest(lambda state: _differing(state, origin, placeless))
         history = job.load(state) if state else []
         job.embed(folder / "embeddings.npy", progress)
         if progress and state:
@@ -88,12 +90,16 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     return pd.DataFrame(history)
 
 
+def _differing(state: dict, origin: dict[str, str], settings: Distillation) -> list[str]:
+    """What of `origin` is another in a checkpoint; `settings` that came later do not count. KeyError for a file that is not ours."""
+    there = {name: state[name] for name in _STATE}["origin"]
+    return [name for name in origin if (merge(settings, json.loads(there[name])) != settings if name == "settings" else there[name] != origin[name])]
+
+
 def student_bytes(student: nn.Module, teacher: Teacher, origin: dict[str, str]) -> bytes:
     """A base file (safetensors, matrices in half precision): the student's encoder and everything else of the teacher's file."""
     state = {f"image_encoder.{name}": value for name, value in student.state_dict().items()} | teacher.others
-    state = {name: value.detach().cpu().to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()
-             for name, value in state.items()}
-    return save(state, {"wmhlib": json.dumps(origin)})  # one key: safetensors shuffles several
+    return tensors_bytes({name: half(value) for name, value in state.items()}, origin)
 
 
 class _Job:

@@ -14,9 +14,10 @@ from . import archives, fetch, medsam, phantom, vessels
 from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
 from .errors import InputError, RecipeError
+from .files import read_json, read_table, write_atomic, write_table
 from .settings import Recipe
 from .splits import split_cases
-from .workspace import RunFolder, read_json, read_table, write_atomic, write_table
+from .workspace import RunFolder
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
 KAGGLE_DATASET = "farahmo/wmh-dataset"
@@ -240,7 +241,9 @@ def _synthetic(folder: Path, recipe: Recipe) -> None:
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()) and not note.exists():
         raise InputError(f"{folder} holds files that are no synthetic cohort: nothing is written over them; set data_dir to an "
                          "empty folder, or source to 'folder' to use what is there")
-    write_atomic(note, "{}")
+    if note.exists() and read_json(note) not in (wanted, {"unfinished": wanted}):
+        raise InputError(f"{folder} holds another synthetic cohort, or a part of one: delete it, or set data_dir to another folder")
+    write_atomic(note, json.dumps({"unfinished": wanted}))
     if wanted["scanners"] == "vessels":
         vessels.write_images(folder, wanted["cases"], wanted["seed"], round(224 / wanted["scale"]))
     else:

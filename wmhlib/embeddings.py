@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
+from .files import atomic, read_json, write_atomic
 from .medsam import CHANNELS
-from .workspace import atomic, read_json, write_atomic
 
 _NAMES = ("teacher", "px", "data")
 

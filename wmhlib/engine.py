@@ -61,9 +61,7 @@ class WMHInferenceEngine:
         self.img_size = img_size or self.recipe.inputs.img_size
         if self.img_size % 16:
             raise InputError(f"img_size {self.img_size} is impossible: expected a multiple of 16 pixels")
-        operating = self.recipe.operating
-        self.point = {"threshold": operating.threshold, "min_voxels": operating.min_voxels, "min_mm3": 0.0,
-                      "tta": operating.tta} | (point or {})
+        self.point = self.recipe.operating.point | (point or {})
 
     @classmethod
     def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:

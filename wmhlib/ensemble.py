@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import nn
 
 from .engine import Prediction, WMHInferenceEngine
@@ -51,7 +50,7 @@ class Ensemble(WMHInferenceEngine):
         return Prediction(case, plain, mean, min(each.skipped for each in found))
 
 
-def open_engine(runs: Sequence[RunFolder], device: str | torch.device | None = None) -> WMHInferenceEngine:
+def open_engine(runs: Sequence[RunFolder]) -> WMHInferenceEngine:
     """The engine of one run, or an `Ensemble` of several."""
-    engines = [WMHInferenceEngine.from_run(run, device) for run in runs]
+    engines = [WMHInferenceEngine.from_run(run) for run in runs]
     return engines[0] if len(engines) == 1 else Ensemble(engines)

@@ -6,7 +6,6 @@ processes nor an interruption changes it.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import NoReturn
@@ -14,19 +13,18 @@ from typing import NoReturn
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save
 from torch import Tensor
 
 from .checkpoints import Keeper
 from .errors import WMHError
 from .losses import total_loss
-from .monitor import Monitor
+from .monitor import PARTS, Monitor
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .ranks import Ranks
 from .sections import Training
 from .settings import Recipe
 from .tasks import cut, task_of
-from .trained import TrainedNet
+from .trained import TrainedNet, tensors_bytes
 from .workspace import RunFolder, stable_seed
 
 _DIVERGED, _COLLAPSED = 3.0, 0.5  # times the lowest and the first training loss of the epochs before: a network that collapsed, not a bad epoch
@@ -51,8 +49,9 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """The training loss and what it is the sum of."""
-        return ("train_loss", "focal", "dice", "boundary", *(("tversky",) if self.recipe.loss.tversky else ()), "scales",
-                *(("edges",) if self.recipe.volume.borders else ()), *(("tissue", "prompts") if self.network.pretext else ()), *(("orthogonality",) if self.ranks.triplets else ()))
+        pretext = bool(self.network.pretext)
+        there = {"tversky": self.recipe.loss.tversky, "edges": self.recipe.volume.borders, "tissue": pretext, "prompts": pretext, "orthogonality": self.ranks.triplets}
+        return ("train_loss", *(name for name in PARTS if there.get(name, True)))
 
     @property
     def task(self):
@@ -184,7 +183,7 @@ def _stop(job: Job, cases: list, micros: list[_Places], epoch: int, step: int, r
     if job.keeper:
         images, labels = _batch(job, cases, micros[number], epoch, step, number)
         about = {"epoch": epoch, "step": step + 1, "reason": reason, many: drawn}
-        job.keeper.write(path, save({"images": images.cpu(), "labels": labels.cpu()}, {"wmhlib": json.dumps(about)}))
+        job.keeper.write(path, tensors_bytes({"images": images.cpu(), "labels": labels.cpu()}, about))
     names = ", ".join(f"{row['case']} {one} {row[one]}" for row in drawn)
     raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch with the largest gradient ({names}) is in {path}: look at "
                    f"it, or train in another run folder with a lower training.lr (now {job.recipe.training.lr:g}); this one would do the same again")

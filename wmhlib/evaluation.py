@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from .agreement import BINS
 from .errors import InputError, WMHError
+from .files import write_table
 from .images import is_image
 from .metrics import (
     bounding_box,
@@ -26,9 +27,9 @@ from .metrics import (
 )
 from .nifti import load_mask, load_volume, save_like
 from .sections import Operating
-from .slices import head_box, height_mm, to_display
+from .slices import fullest, head_box, height_mm, to_display
 from .uncertainty import case_uncertainty, entropy, mean_entropy
-from .workspace import RunFolder, write_table
+from .workspace import RunFolder
 
 SYSTEMS = ("operating point", "recipe's point", "network at 0.5", "FLAIR z-score")
 ZERO_SHOT = "zero-shot, true boxes"  # sees the reference (see `prompting`), so that it is no system to be compared with
@@ -124,8 +125,7 @@ def system_masks(case: dict, point: dict, operating: Operating) -> dict[str, np.
     """The boolean masks of the four systems on one case: the network at the operating point `point` (`threshold`,
     `min_voxels`, `tta`, `min_mm3` if any) and at the recipe's own, at 0.5 with one view and no filter, and `flair_z` above
     `point["zscore_threshold"]` within `inner`."""
-    own = dict(threshold=operating.threshold, min_voxels=operating.min_voxels, tta=operating.tta)
-    found = (mask_at(case["prob"], case["prob_tta"], at, case["spacing"]) for at in (point, own))
+    found = (mask_at(case["prob"], case["prob_tta"], at, case["spacing"]) for at in (point, operating.point))
     masks = (*found, case["prob"] >= 0.5, (case["flair_z"] > point["zscore_threshold"]) & case["inner"])
     return dict(zip(SYSTEMS, masks))
 
@@ -217,7 +217,7 @@ def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
     `reference`, `result` and `entropy` (bits, of `prob_tta`) as shown, `spacing` (mm, rows and columns), `z_mm` (None of an `image`). Small, so that one
     can be kept of every case."""
     (flair, reference, result, prob), spacing = to_display(case["affine"], case["flair"], case["reference"], result, case["prob_tta"])
-    z = _fullest(reference_parts(reference)[0] | result)
+    z = fullest(reference_parts(reference)[0] | result)
     box = head_box(flair[..., z])
     flair, reference, result, prob = (volume[..., z][box].copy() for volume in (flair, reference, result, prob))
     return dict(case=case["case"], site=case["site"], dsc=float(dsc), flair=flair, reference=reference, result=result, entropy=entropy(prob),
@@ -229,12 +229,6 @@ def best_median_worst(gallery: list[dict]) -> list[dict]:
     order = sorted([row for row in gallery if np.isfinite(row["dsc"])] or gallery, key=lambda row: (-row["dsc"], row["case"]))
     places = {len(order) // 2: "median", len(order) - 1: "worst", 0: "best"}
     return [order[i] | dict(rank=places[i]) for i in sorted(places) if order]
-
-
-def _fullest(mask: np.ndarray) -> int:
-    """The slice with most of the mask; the middle one where it is empty."""
-    area = mask.sum((0, 1))
-    return int(area.argmax()) if area.any() else mask.shape[2] // 2
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from urllib3.exceptions import NameResolutionError
 
 from .errors import InputError
-from .workspace import write_atomic
+from .files import write_atomic
 
 TIMEOUT = 60  # seconds without a byte after which a connection counts as cut
 TRIES = 5  # failures without a new byte between them after which a retrieval gives up

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from .engine import WMHInferenceEngine, plain_dice
 from .evaluation import ZERO_SHOT
 from .figures import BLUE, LEGEND, ORANGE, POINTS, page
+from .files import read_json, sha256, write_atomic, write_table
 from .network import WMHNet
 from .prompting import open_base
 from .settings import Recipe
 from .training import fit
 from .volumes import Case
-from .workspace import RunFolder, read_json, sha256, write_atomic, write_table
+from .workspace import RunFolder
 
 FEW, NONE, ALL = "few-shot", "no adaptation", "all slices"
 COLUMNS = ("system", "slices", "seed", "val_dice", "test_dice")

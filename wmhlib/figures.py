@@ -17,10 +17,10 @@ from matplotlib.ticker import LogLocator
 from nibabel.affines import voxel_sizes
 
 from .errors import InputError
+from .files import atomic
 from .metrics import reference_parts
 from .search import NEAR_BEST, plateau
 from .slices import enlarge, head_box, height_mm, label_row, mask_colour, name_sides, outline, show, to_display
-from .workspace import atomic
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
@@ -46,6 +46,7 @@ class _Page(Figure):
 
 
 def page(rows: int, columns: int, size: tuple[float, float], **grid) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches, and its axes, rows x columns; `grid`: what `Figure.subplots` takes besides."""
     with matplotlib.rc_context(_STYLE):
         fig = _Page(figsize=size, layout="constrained")
         return fig, fig.subplots(rows, columns, squeeze=False, **grid)
@@ -238,7 +239,7 @@ def overlay_figure(flair: np.ndarray, mask: np.ndarray, prob: np.ndarray, entrop
     (flair, mask, *panels), spacing = to_display(affine, flair, np.asarray(mask, bool), prob, entropy)
     area = mask.sum((0, 1))
     share = np.cumsum(area) / max(area.sum(), 1) if area.any() else np.linspace(-0.2, 1.2, len(area))
-    chosen = set(np.searchsorted(share, np.linspace(0.1, 0.9, slices)).tolist())
+    chosen = set(np.searchsorted(share[:-1], np.linspace(0.1, 0.9, slices)).tolist())
     others = sorted(set(range(len(area))) - chosen, key=lambda z: min(abs(z - c) for c in chosen))
     chosen = sorted(chosen | set(others[: slices - len(chosen)]))
     box = head_box(flair[..., chosen].max(2))

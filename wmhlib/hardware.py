@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from .errors import RecipeError
 from .losses import total_loss
-from .network import build_network, native_precision
+from .network import PRECISIONS, build_network, native_precision
 from .sections import Training
 from .settings import Recipe
 from .tasks import task_of
@@ -147,11 +147,8 @@ def fit(recipe: Recipe, device: torch.device, processes: int = 1) -> tuple[Recip
             return fitted, _sentence(name, memory, asked, training, peaks, task)
     raise RecipeError(
         f"{name} has {_gb(memory)}{' for each process' if device.type == 'cpu' and processes > 1 else ''}, and one {task.one} of {task.size} "
-        f"with checkpointed gradients in {_PRECISIONS[precision]} needs about {_gb(peaks[-1])}, more than {SHARE:.0%} of it: choose a smaller "
+        f"with checkpointed gradients in {PRECISIONS[precision]} needs about {_gb(peaks[-1])}, more than {SHARE:.0%} of it: choose a smaller "
         f"{task.smaller}, or a device with at least {_gb(peaks[-1] / SHARE)}")
-
-
-_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def _sentence(name: str, memory: int, asked: Training, training: Training, peaks: list[int], task) -> str:
@@ -161,7 +158,7 @@ def _sentence(name: str, memory: int, asked: Training, training: Training, peaks
     else:
         words = [f"micro-batches of {split} ({asked.batch_size * asked.accumulation} {task.many} a step as asked; {asked.batch_size} x {asked.accumulation} would "
                  f"need about {_gb(peaks[0])}{f', and BatchNorm now normalises over {training.batch_size}' * task.batchnorm})"]
-    wanted, given = _PRECISIONS[asked.precision], _PRECISIONS[training.precision]
+    wanted, given = PRECISIONS[asked.precision], PRECISIONS[training.precision]
     words.append(given if wanted == given else f"{given}, as {wanted} is not native here")
     if training.gradient_checkpointing:
         words.append("gradients checkpointed" + ("" if asked.gradient_checkpointing else f", without which one {task.one} would not fit"))

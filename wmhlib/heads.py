@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from .errors import InputError
 from .sections import Inputs
+from .threads import one_thread
 from .volumes import load_case
 
 HEAD_ORIGIN, _HEAD_SHAPE = (-112, -150, -180), (226, 280, 312)  # mm
@@ -51,7 +52,6 @@ def mni152() -> Brain:
 def brain_of(path: str | Path) -> Brain:
     """The brain of the T1w scan `path` of a healthy adult, with skull, in voxels of up to 2 mm, turned and stretched (12 parameters) onto the MNI152's white
     matter and on its grid. Raises InputError for a scan that cannot be read or does not come to lie on it."""
-    from .spectral import one_thread  # brings peft, which the MNI152 does without
     case, mean = load_case(path, inputs=Inputs(modalities=("t1",))), mni152()
     image, affine = np.maximum(case.volume.data, 0), case.volume.affine
     level = _white_level(image[case.inner])

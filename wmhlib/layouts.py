@@ -45,13 +45,13 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
         place = place / TABLE
     if place.is_dir():
         files = _files(place)
-        found, plain = _challenge(files, place, contrast) + _bids(files, place, contrast), _plain(files, place, contrast)
+        found, plain = _challenge(files, place, contrast) + _bids(files, place, contrast, labelled), _plain(files, place, contrast)
         if found and not labelled:
             _tell_left_out(found, plain, place)
         return found or plain
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
         return _table(place, labelled, contrast)
-    if place.is_file() and place.name.endswith(_SUFFIXES):
+    if place.is_file() and place.name.lower().endswith(_SUFFIXES):
         return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
 
@@ -67,7 +67,7 @@ def _tell_left_out(found: list[dict], plain: list[dict], place: Path) -> None:
 
 def stem(path: str | Path) -> str:
     """The name of a NIfTI file without folder and ending."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    return re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
 
 
 def listed(problems: list[str]) -> str:
@@ -85,15 +85,22 @@ def candidate(case: str, subject: str, site: str, session: str = "", group: str 
 def _files(folder: Path) -> list[Path]:
     """NIfTI files below `folder`; linked folders are followed, each once."""
     found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=_unlisted, followlinks=True):
         real = os.path.realpath(root)
         if real in seen or _our_own(Path(root)):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_DATA)
-        found += [Path(root, name) for name in sorted(names) if name.endswith(_SUFFIXES) and not name.startswith(".")]
+        found += [Path(root, name) for name in sorted(names) if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
     return found
+
+
+def _unlisted(error: OSError) -> None:
+    """A folder that may not be read is named; one that cannot be (a Drive that has gone) would be scans that are missing: InputError."""
+    if not isinstance(error, PermissionError):
+        raise InputError(f"{error.filename} cannot be listed ({error.strerror}): run this again") from error
+    print(f"left out {error.filename}, which may not be read", flush=True)
 
 
 def _our_own(folder: Path) -> bool:
@@ -124,7 +131,7 @@ def _challenge(files: list[Path], root: Path, contrast: str) -> list[dict]:
     return rows
 
 
-def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
+def _bids(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[dict]:
     sessions, datasets = defaultdict(list), defaultdict(set)
     for path in files:
         entities = _entities(path)
@@ -138,7 +145,7 @@ def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
         if len(named) == 1 and not any(_suffix(path) == SUFFIXES[contrast] for path in own):  # masks of the only session, which they do not name
             sessions[named[0]] += sessions.pop((dataset, subject, session))
     several = any(len(found) > 1 for found in datasets.values())
-    sites = {dataset: _sites(dataset) for dataset, _, _ in sessions}
+    sites = {dataset: _sites(dataset, labelled) for dataset, _, _ in sessions}
     rows = []
     for (dataset, subject, session), own in sessions.items():
         prefix = f"{clean(dataset.name)}_" if several else ""
@@ -146,7 +153,9 @@ def _bids(files: list[Path], root: Path, contrast: str) -> list[dict]:
         for flair in own:
             if _suffix(flair) != SUFFIXES[contrast] or "derivatives" in flair.relative_to(root).parts or (contrast == "t1" and flair in on_flair):
                 continue
-            beside = [path for path in own if _agree(path, flair, (*_APART, "space") if contrast == "t1" else _APART)]
+            keys = (*_APART, "space") if contrast == "t1" else _APART
+            scans = [path for path in own if _suffix(path) == SUFFIXES[contrast]]
+            beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
             t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             t1 = t1 if contrast == "flair" else []
             space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
@@ -165,11 +174,18 @@ def _dataset(path: Path, root: Path) -> Path:
     return root.joinpath(*parts[: ends[0]] if ends else parts)
 
 
-def _sites(dataset: Path) -> dict[str, str]:
-    """Site by subject (without `sub-`) from participants.tsv, where it has a column for that."""
+def _sites(dataset: Path, labelled: bool) -> dict[str, str]:
+    """Site by subject (without `sub-`) from participants.tsv, where it has a column for that. One that cannot be read is an InputError of
+    `labelled` cases, which are split by site; of others it is named."""
     for path in (dataset / "participants.tsv", dataset / "rawdata" / "participants.tsv"):
         if path.is_file():
-            rows, columns = table_rows(path, "\t")
+            try:
+                rows, columns = table_rows(path, "\t")
+            except InputError as error:
+                if labelled:
+                    raise
+                print(f"no sites: {error}", flush=True)
+                return {}
             column = next((name for name in ("site", "site_id", "scanner") if name in columns), "")
             return {row["participant_id"].removeprefix("sub-"): row[column] for _, row in rows
                     if column and row.get("participant_id") and clean(row[column]) and row[column] != "n/a"}
@@ -180,6 +196,12 @@ def _agree(path: Path, flair: Path, keys: tuple = _APART) -> bool:
     """Whether two files of a session may belong together: an entity that only one of them has does not part them."""
     one, other = _entities(path), _entities(flair)
     return all(one.get(key, other.get(key)) == other.get(key, one.get(key)) for key in keys)
+
+
+def _same(path: Path, scan: Path) -> bool:
+    """Whether two files of a session name the same entities, which leaves no other scan to belong to."""
+    one, other = _entities(path), _entities(scan)
+    return all(one.get(key) == other.get(key) for key in _APART)
 
 
 def _shows_lesions(path: Path) -> bool:

@@ -117,6 +117,12 @@ class ImageEncoder(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
+def linear_places(encoder: ImageEncoder) -> list[tuple[str, nn.Module, str]]:
+    """The linear layers of every block, which adapters and quantisation take: "attn" or "mlp", the module that holds it, its name there."""
+    return [(part, getattr(block, part), name) for block in encoder.blocks
+            for part, names in (("attn", ("qkv", "proj")), ("mlp", ("lin1", "lin2"))) for name in names]
+
+
 def build_encoder(settings: Encoder, seed: int) -> ImageEncoder:
     """The encoder with the weights of `settings.checkpoint`, or random ones drawn from `seed` where none is named."""
     with torch.random.fork_rng(devices=[]):

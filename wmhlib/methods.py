@@ -10,12 +10,13 @@ import pandas as pd
 from .agreement import FEWEST_CASES, FEWEST_PAIRS, RESAMPLES
 from .cohort import describe
 from .evaluation import ZERO_SHOT
+from .files import read_table
 from .search import NEAR_BEST
-from .sections import SHIPPED
+from .sections import SHIPPED, Augment
 from .settings import Recipe
-from .volumetric import story as volumes
+from .volumetric import story
 from .wording import words
-from .workspace import RunFolder, read_table
+from .workspace import RunFolder
 
 _PROTOCOLS = {
     "stratified": "at random in each site, stratified by lesion volume",
@@ -49,7 +50,7 @@ class Story:
     point: dict
     trained_on: pd.DataFrame  # cohort with the column split
     evaluated: pd.DataFrame
-    data: str  # "synthetic cases", "real scans" or "images", of the evaluated
+    data: str  # what the evaluated cases are, as `cohort.describe` says it
     source: str  # the same of the cases trained on
     epochs: int
     best_epoch: int
@@ -87,7 +88,7 @@ class Story:
                           f"{_sites(self.trained_on[self.trained_on.split != 'test'])}"
                           + f"; started from weights that {len(self.earlier)} cases had made: {_sites(self.earlier)}" * (len(self.earlier) > 0),
             "split": f"{_protocol(recipe)}, seed {recipe.seed}",
-            **(volumes.card(recipe) if recipe.volume.network else _card(recipe)),
+            **(story.card(recipe) if recipe.volume.network else _card(recipe)),
             "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
                                   f"{self.counts['trainable_mb_fp32']:.1f} MB in fp32",
             "training": f"AdamW, {training.lr:g}, batch {training.batch_size * training.accumulation}, {self.epochs} of "
@@ -107,28 +108,22 @@ class Story:
         zones = not images and any(self.evaluated.get("ventricles", ""))
         statistics = "; ".join([_INTERVALS] * (len(self.evaluated) >= FEWEST_CASES) + [_TESTS] * (len(self.evaluated) >= FEWEST_PAIRS) + [_VOLUMES])
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
-        varied = [name for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
-        moves = [f"rotated by up to {augment.rotation:g} degrees"] * bool(augment.rotation) + [
-            f"scaled by up to {100 * augment.scale:g} %"] * bool(augment.scale) + ["turned by quarters"] * (augment.rotate90 and not whole) + [
-            "flipped left-right"] * augment.flips + ["flipped front-back"] * augment.flips_ap + [
-            f"deformed elastically by up to {augment.elastic:g} mm"] * bool(whole and augment.elastic) + [
-            f"coarsened along one axis by up to {augment.resolution:g} times"] * bool(whole and augment.resolution > 1) + [
-            f"varied in {', '.join(varied).replace('_', ' ')}"] * bool(varied)
-        what, drawn = volumes.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
+        what, drawn = story.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
+        kept = f"The weights of epoch {self.best_epoch} were kept" + f", averaged over the steps (decay {training.ema:g})" * bool(training.ema)
+        begun = f"Training started from weights that {len(self.earlier)} cases ({_sites(self.earlier)}) had trained or chosen. " * (len(self.earlier) > 0)
         text = (
             f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
             f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
-            f"{_SUBJECTS * (not images)}. Input was {volumes.inputs(recipe) if whole else _normalised(recipe)}. "
-            f"{volumes.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
+            f"{_SUBJECTS * (not images)}. Input was {story.inputs(recipe) if whole else _normalised(recipe)}. "
+            f"{story.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
             f"was the sum of {_loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
-            f"{f'Training started from weights that {len(self.earlier)} cases ({_sites(self.earlier)}) had trained or chosen. ' * (len(self.earlier) > 0)}"
-            f"AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
+            f"{begun}AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
-            f"every {training.restart_epochs} epochs, {drawn}"
-            f"{', ' + ', '.join(moves) if moves else ''}"
+            f"every {training.restart_epochs} epochs, {drawn}{_changes(augment, whole)}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
-            f"{volumes.inference(recipe) * whole}The weights of epoch {self.best_epoch} were kept{f', averaged over the steps (decay {training.ema:g})' if training.ema else ''}, whose Dice at 0.5 on {volumes.KEPT if whole else 'validation slices'} was best. On the {point['n']} validation cases the operating point was taken from the "
-            f"centre of the plateau {NEAR_BEST} Dice{_SENSITIVE if recipe.operating.prefer == 'sensitive' else ''}: probability at least {point['threshold']:g}, {_components(point)}, "
+            f"{story.inference(recipe) * whole}{kept}, whose Dice at 0.5 on {story.KEPT if whole else 'validation slices'} was best. "
+            f"On the {point['n']} validation cases the operating point was taken from the centre of the plateau {NEAR_BEST} Dice"
+            f"{_SENSITIVE * (recipe.operating.prefer == 'sensitive')}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
             f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
@@ -162,15 +157,13 @@ class Story:
             points.append(f"One of {self.recipe.split.folds} folds: the others are runs of their own.")
         if not self.external and self.point["n"] < 10:
             points.append(f"The operating point and the limit of the flag rest on {validation}.")
-        if images:
-            return "\n".join(f"- {point}" for point in [*points, "For research. It is no medical device."])
         if self.recipe.inputs.t1_alone:
-            return "\n".join(f"- {point}" for point in [*points, *volumes.limits(), "For research. It is no medical device."])
-        if "synthetic" not in self.data:
-            points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")
-        points += ["Cortical lesions, infarcts and artefacts can look like white matter hyperintensities on FLAIR.",
-                   "For research. It is no medical device."]
-        return "\n".join(f"- {point}" for point in points)
+            points += story.limits()
+        elif not images:
+            if "synthetic" not in self.data:
+                points.append("One rater's or one consensus reference counts as the truth; on the challenge's training cases raters agree with a Dice of 0.76 to 0.79.")
+            points.append("Cortical lesions, infarcts and artefacts can look like white matter hyperintensities on FLAIR.")
+        return "\n".join(f"- {point}" for point in [*points, "For research. It is no medical device."])
 
 
 def _sites(cases: pd.DataFrame) -> str:
@@ -218,6 +211,17 @@ def _inputs(recipe: Recipe) -> str:
     context = recipe.inputs.context
     return " and ".join(names[m] for m in recipe.inputs.modalities) + " in axial slices" + (
         f" with {context} neighbouring slice{'s' if context > 1 else ''} on each side" if context else "")
+
+
+def _changes(augment: Augment, whole: bool) -> str:
+    """What augmentation does to slices, or to `whole` volumes, each with a comma before it."""
+    varied = [name.replace("_", " ") for name in ("gamma", "contrast", "bias_field", "brightness", "noise") if getattr(augment, name)]
+    changes = {f"rotated by up to {augment.rotation:g} degrees": augment.rotation, f"scaled by up to {100 * augment.scale:g} %": augment.scale,
+               "turned by quarters": augment.rotate90 and not whole, "flipped left-right": augment.flips, "flipped front-back": augment.flips_ap,
+               f"deformed elastically by up to {augment.elastic:g} mm": whole and augment.elastic,
+               f"coarsened along one axis by up to {augment.resolution:g} times": whole and augment.resolution > 1,
+               f"varied in {', '.join(varied)}": varied}
+    return "".join(f", {change}" for change, made in changes.items() if made)
 
 
 def _protocol(recipe: Recipe) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 import tempfile
 from dataclasses import replace
@@ -20,7 +19,6 @@ import peft
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -29,10 +27,12 @@ from .download import prepare
 from .engine import WMHInferenceEngine, plain_dice
 from .errors import CheckpointError, InputError, RecipeError
 from .figures import ORANGE, page
+from .files import sha256, write_atomic, write_table
 from .minisam import RANK
 from .network import WMHNet, load_network
 from .settings import Recipe
-from .workspace import RunFolder, sha256, write_atomic, write_table
+from .trained import read_tensors, tensors_bytes
+from .workspace import RunFolder
 
 CONFIG, ADAPTER, DECODER = "adapter_config.json", "adapter_model.safetensors", "decoder.safetensors"
 NAMES = ("flair", "t1", "ct", "ultrasound")
@@ -108,7 +108,7 @@ class Modalities:
             with tempfile.TemporaryDirectory() as scratch:
                 replace(encoder.peft_config[name], inference_mode=True).save_pretrained(scratch)
                 config = Path(scratch, CONFIG).read_bytes()
-            for file, content in ((CONFIG, config), (ADAPTER, adapter), (DECODER, save(rest, {"wmhlib": json.dumps(about)}))):
+            for file, content in ((CONFIG, config), (ADAPTER, adapter), (DECODER, tensors_bytes(rest, about))):
                 write_atomic(Path(folder, name, file), content)
 
     def load(self, folder: str | Path) -> list[str]:
@@ -119,11 +119,11 @@ class Modalities:
         if not places:
             raise CheckpointError(f"{folder} holds no modality: expected {DECODER} with {ADAPTER} in it, or in folders of it")
         for place in places:
-            rest, about = _read(place / DECODER)
+            rest, about = read_tensors(place / DECODER)
             if not isinstance(about, dict) or not {"base_sha256", "bits", "adapter_sha256"} <= about.keys() or not isinstance(about.get("recipe"), str):
                 raise CheckpointError(f"{place / DECODER} names no base: expected a file that Modalities.save wrote")
             self._check_base(about["base_sha256"], about["bits"], place)
-            adapter, _ = _read(place / ADAPTER)
+            adapter, _ = read_tensors(place / ADAPTER)
             if sha256(place / ADAPTER) != about["adapter_sha256"]:
                 raise CheckpointError(f"{place / ADAPTER} is not the adapter that {DECODER} was saved with: save or copy both again")
             adapter = {f"encoder.{key.removesuffix('.weight')}.{_NEW}.weight": value for key, value in adapter.items()}
@@ -135,15 +135,6 @@ class Modalities:
         if (base, bits) != own:
             raise CheckpointError(f"{source} was trained on the base {str(base)[:12]} at {bits} bits, this one is {own[0][:12]} at {own[1]} bits: "
                                   "give the checkpoint that it was trained on")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], object]:
-    """The tensors of a safetensors file, and what its metadata keep for us."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads((file.metadata() or {}).get("wmhlib", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"weights {path} cannot be read: {error}") from None
 
 
 def train(folder: str | Path, base: Recipe, names: tuple[str, ...] = NAMES, overrides: str = "", progress: bool = True) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from .settings import Recipe
 from .workspace import RunFolder
 
 _RECENT = 10  # epochs that the remaining time is told from
-_PARTS = ("focal", "dice", "boundary", "tversky", "scales", "edges", "tissue", "prompts", "orthogonality")
+PARTS = ("focal", "dice", "boundary", "tversky", "scales", "edges", "tissue", "prompts", "orthogonality")
 _SITE = "val_dice "  # column of a site's validation Dice: this and its name
 _PATIENCE = 10.0  # seconds that the end of a training waits for the disk
 
@@ -118,7 +118,7 @@ def _tag(column: str) -> str:
     if column.startswith(_SITE):
         return f"validation_dice/{column.removeprefix(_SITE)}"
     known = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_dice": "validation_dice/mean", "lr": "training/learning_rate"}
-    return known.get(column, f"loss_parts/{column}" if column in _PARTS else f"training/{column}")
+    return known.get(column, f"loss_parts/{column}" if column in PARTS else f"training/{column}")
 
 
 class _Curves:

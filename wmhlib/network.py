@@ -19,6 +19,7 @@ from .settings import Recipe
 from .trained import TrainedNet, read_weights
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
+PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # as people call them
 _PRIOR = -4.0  # bias of the heads: lesions are rare
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import images as pictures
 from .errors import InputError
-from .workspace import atomic
+from .files import atomic
 
 MAX_VOXELS, _MAX_SLICES = 1 << 28, 2048
 _SHIFT_MM = 0.1  # between grids that count as one
@@ -129,7 +129,7 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise InputError(f"{path} holds voxels of type {dtype}: expected numbers")
-        inflates = _INFLATES if str(path).endswith("z") else 1
+        inflates = 1 if str(path).lower().endswith(".nii") else _INFLATES
         if isinstance(image, nib.Nifti1Image) and dtype.itemsize * np.prod(shape, dtype=float) > inflates * Path(path).stat().st_size:
             raise InputError(f"{path} is damaged or incomplete: too small for its shape {shape}; copy or download it again")
         data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
@@ -146,7 +146,7 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
 def _refuse_bomb(path: str | Path) -> None:
     """InputError for a gzip file that unpacks to more than any scan has, wherever its header makes nibabel read to."""
     largest = 8 * MAX_VOXELS
-    if str(path).endswith(".gz") and _INFLATES * Path(path).stat().st_size > largest:
+    if str(path).lower().endswith(".gz") and _INFLATES * Path(path).stat().st_size > largest:
         with gzip.open(path) as file:
             if sum(len(block) for block in iter(lambda: file.read(1 << 20), b"")) > largest:
                 raise InputError(f"{path} unpacks to more than {largest >> 20} MB: expected a scan")

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 from jinja2 import Environment, FileSystemLoader
 
-from .workspace import write_atomic
+from .files import write_atomic
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _NOT_IN_A_REPORT = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)\s*|The first cell below .*")  # badge and instructions

@@ -17,11 +17,12 @@ from . import strokes
 from .atlas import template
 from .cohort import find_cases
 from .errors import InputError
-from .scan import SITES, Case, Scan
+from .files import write_atomic
+from .scan import SITES, Acquisition, Scan
 from .scanners import KINDS, make_scan
 from .sections import Inputs, head_name
 from .slicestore import TISSUE
-from .workspace import stable_seed, write_atomic
+from .workspace import stable_seed
 
 _DEALT = {"challenge": SITES, "stroke": strokes.SITES}
 
@@ -71,7 +72,7 @@ def write_cohort(folder: str | Path, cases: int, seed: int, scale: float = 1.0, 
     return find_cases(folder, Inputs(modalities=("t1",)) if scanners == "stroke" else None)
 
 
-def make_case(site: str, seed: int, scale: float = 1.0, head: str = "") -> Case:
+def make_case(site: str, seed: int, scale: float = 1.0, head: str = "") -> Acquisition:
     """One case of `site` ("Utrecht", "Singapore", "GE3T", one of `scanners.KINDS`, "mixed" or one of `strokes.SITES`); `scale` coarsens the in-plane voxels
     (of strokes all); `head` is that of `scanners.make_scan`. The result depends on the arguments alone."""
     known = (*SITES, *KINDS, "mixed", *strokes.SITES)

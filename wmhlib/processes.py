@@ -8,12 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+
+from .errors import WMHError
+
+GRACE_S = 60.0  # longer than the main process delivers after an error
+
+
+@contextlib.contextmanager
+def main_speaks_first(main: bool) -> Iterator[None]:
+    """After an error in all processes the launcher ends every one as soon as the first has ended: let that be the `main` one, which
+    has files to deliver and the message to print."""
+    try:
+        yield
+    except WMHError:
+        if not main:
+            time.sleep(GRACE_S)
+        raise
 
 
 def sum_over_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:

@@ -180,12 +180,11 @@ def draw_prompts(masks: Tensor, image: Tensor, generator: torch.Generator, boxes
     return Prompts(points.image, torch.where(boxed[..., None], box.points, points.points), torch.where(boxed, box.labels, points.labels))
 
 
-def mask_boxes(masks: Tensor, margin: int = 0) -> Tensor:
-    """Bool N x S x S, none of them empty -> float32 N x 4: first and last column and row of each as x0, y0, x1, y1, `margin` pixels wider."""
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Bool N x S x S, none of them empty -> float32 N x 4: first and last column and row of each as x0, y0, x1, y1."""
     size = masks.shape[-1]
     spans = [torch.stack([line.int().argmax(1), size - 1 - line.flip(1).int().argmax(1)], 1) for line in (masks.any(1), masks.any(2))]
-    boxes = torch.stack(spans, 2).float()  # N x (first, last) x (x, y)
-    return (boxes + torch.tensor([[-margin], [margin]], device=masks.device)).clamp(0, size - 1).flatten(1)
+    return torch.stack(spans, 2).float().flatten(1)  # N x (first, last) x (x, y)
 
 
 def promptable_of(state: dict[str, Tensor], source: str | Path) -> Promptable:

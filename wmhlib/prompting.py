@@ -56,6 +56,8 @@ class PromptEngine:
             raise InputError(f"{case.volume.path} has no reference to take boxes from: give its mask")
         numbers, boxes = lesion_boxes(case.mask, case.grid)
         out = np.zeros(case.grid.shape, np.float32)
+        if not len(numbers):
+            return out > 0
         for places in torch.from_numpy(numbers).unique().split(_SLICES):
             asked = np.isin(numbers, places.numpy())
             image = torch.searchsorted(places, torch.from_numpy(numbers[asked]))

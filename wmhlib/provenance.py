@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from . import __version__, bids
+from .files import sha256
 from .nifti import need_file
-from .workspace import sha256
 
 POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an operating point, what results depend on
 

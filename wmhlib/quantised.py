@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from . import adapters
 from .errors import RecipeError
-from .medsam import ImageEncoder
+from .medsam import ImageEncoder, linear_places
 from .network import dtype_of
-from .spectral import one_thread
+from .threads import one_thread
 
 try:
     import bitsandbytes
@@ -81,10 +81,8 @@ def quantise(encoder: ImageEncoder, precision: str = "no") -> ImageEncoder:
     them to NF4, so take `dequantised` first. Of an encoder on the meta device only the sizes are set.
     """
     with one_thread():  # the mean of the scales is a sum
-        for block in encoder.blocks:
-            for parent, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("lin1", "lin2"))):
-                for name in names:
-                    setattr(parent, name, _quantised(getattr(parent, name), precision))
+        for _, parent, name in linear_places(encoder):
+            setattr(parent, name, _quantised(getattr(parent, name), precision))
     encoder.is_loaded_in_4bit = True
     return encoder.requires_grad_(False)
 

@@ -53,7 +53,7 @@ _GRAIN = [0, 0, 1, 1, 0.25, 1, 0.3, 0.8, 1, 0]
 
 
 @dataclass(frozen=True)
-class Case:
+class Acquisition:
     """One synthetic case: `flair` and `t1` float32 of arbitrary positive scale, `mask` uint8 (0; 1 lesion; 2 other
     pathology), `ventricles` uint8 (1: lateral ventricles), all H x W x D, and the 4 x 4 voxel-to-world `affine` in mm.
     Those of `scanners` have no T1, and a map of tissues."""
@@ -97,7 +97,7 @@ class Scan:
         axes = (x[self.columns], y, (z[:, None] + offsets).ravel())
         self.patient = Patient(axes, site.centre, rng, torch.Generator().manual_seed(seed), site.sub, site.burden, site.softness, site.folds, head)
 
-    def acquire(self) -> Case:
+    def acquire(self) -> Acquisition:
         """The patient as the scanner sees it."""
         anatomy, brain = self.anatomy(), self.patient.inner
         flair = self.flair(anatomy)
@@ -107,7 +107,7 @@ class Scan:
         fluid = (1 - anatomy.grey - anatomy.white) * (brain.to_ventricles < 1)
         ventricles = (self.pool(fluid) >= 0.5).to(torch.uint8) * (mask == 0)
         keep = self.kept()
-        return Case(self.finish(self.image(self.pool(flair), keep)), self.finish(self.image(self.pool(t1), keep)),
+        return Acquisition(self.finish(self.image(self.pool(flair), keep)), self.finish(self.image(self.pool(t1), keep)),
                     self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine())
 
     def anatomy(self) -> Anatomy:

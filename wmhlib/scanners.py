@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from .anatomy import AIR, BONE, CSF, FAT, FLUID, GLAND, MARROW, MUSCLE
-from .scan import Anatomy, Case, Scan, Site
+from .scan import Acquisition, Anatomy, Scan, Site
 from .workspace import stable_seed
 
-CSF_LABEL, BONE_LABEL, SOFT_LABEL = 3, 6, 7  # of `Case.tissue`, above the mask's 0, 1, 2; grey and white matter follow CSF
+CSF_LABEL, BONE_LABEL, SOFT_LABEL = 3, 6, 7  # of `Acquisition.tissue`, above the mask's 0, 1, 2; grey and white matter follow CSF
 _VERTEX = 76  # mm, MNI height
 
 
@@ -51,7 +51,7 @@ _ON_T1 = ((AIR, 0.0), (BONE, 0.12), (CSF, 0.3), (MUSCLE, 0.6), (GLAND, 0.9), (MA
 _MIXED = {"flair": 0.6, "any": 0.16, "t1": 0.12, "ct": 0.07, "ultrasound": 0.05}  # shares of "mixed"
 
 
-def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Case:
+def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Acquisition:
     """One case of a contrast of KINDS, or "mixed", any of them; `scale` coarsens the in-plane voxels, `head` is a T1w scan of whom the case is
     ("": the brain is the MNI152's). `flair` holds the one image there is, whatever its contrast; `tissue` is uint8: 0 none, 3 CSF, 4 grey, 5 white
     matter, 6 bone, 7 soft tissue."""
@@ -67,7 +67,7 @@ class RandomScan(Scan):
         super().__init__(site, seed, scale, head)
         self.contrast, self.rng = contrast, rng
 
-    def acquire(self) -> Case:
+    def acquire(self) -> Acquisition:
         anatomy, brain = self.anatomy(), self.patient.inner
         grey, white, lesion = (self.pool(part) for part in (anatomy.grey, anatomy.white, anatomy.lesion))
         mask = (lesion >= self.rng.uniform(0.3, 0.5)).to(torch.uint8)  # raters outline what they see, thinned by thick slices or not
@@ -79,7 +79,7 @@ class RandomScan(Scan):
             anatomy.labels[..., self.site.sub // 2 :: self.site.sub].int()]
         inside, matter = self.pool(anatomy.inside.float()) > 0.5, torch.stack([1 - grey - white, grey, white]).argmax(0)
         tissue[self._slices()][inside] = (CSF_LABEL + matter[inside]).to(torch.uint8)
-        return Case(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine(),
+        return Acquisition(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine(),
                     self.finish(self.whole(tissue * keep)))
 
     def flair(self, anatomy: Anatomy) -> torch.Tensor:

@@ -11,26 +11,27 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import bids, figures, report
+from . import bids, figures
+from .captions import caption
 from .pages import render
-from .slices import head_box, outline, show, to_display
+from .slices import fullest, head_box, outline, show, to_display
 from .viewer import viewer
 
 _INCHES, _DPI = 1.3, 100  # width of a thumbnail
 
 
 def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Path], index: Path, kind: bids.Kind = bids.WMH) -> str:
-    """HTML of one scan: figures of `row` (a row of the cohort table), overlays and slices of `case` (as
+    """HTML of one scan: figures of `row` (of the table of `derivatives.predict_scans`), overlays and slices of `case` (as
     `derivatives.worth_a_look` gives it), `lesions`, and links to its files (`paths`, by what they are) and to `index`."""
     files = {key: path.name for key, path in paths.items() if key not in ("thumbnail", "page")}
     figure = base64.b64encode(overlay(case)._repr_png_()).decode()
     return render("scan.html.j2", row=row, figure=figure, viewer=viewer([case]), files=files,
-                   kind=kind, caption=report.caption("overlay", f"{kind.scan} scan {row['scan']}"), index=os.path.relpath(index, paths["page"].parent),
+                   kind=kind, caption=caption("overlay", f"{kind.scan} scan {row['scan']}"), index=os.path.relpath(index, paths["page"].parent),
                    lesions=lesions.round(3).to_html(index=False, border=0))
 
 
 def index_page(table: pd.DataFrame, out: Path, kind: bids.Kind = bids.WMH) -> str:
-    """HTML of the cohort `table`: a row a scan with thumbnail, volume and flag, a link to its page; failures with reason."""
+    """HTML of that `table`: a row a scan with thumbnail, volume and flag, a link to its page; failures with reason."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     for row in rows:
         row["file"] = Path(row["flair"]).name
@@ -48,8 +49,7 @@ def overlay(case: dict) -> Figure:
 def thumbnail(case: dict) -> bytes:
     """JPEG of the slice with most lesion, lesions outlined."""
     (flair, mask), spacing = to_display(case["affine"], case["flair"], case["result"])
-    area = mask.sum((0, 1))
-    z = int(area.argmax()) if area.any() else len(area) // 2
+    z = fullest(mask)
     box = head_box(flair[..., z])
     image = flair[..., z][box]
     height = image.shape[0] * spacing[0] / (image.shape[1] * spacing[1])

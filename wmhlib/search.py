@@ -111,10 +111,9 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre"
 def compare(table: pd.DataFrame, point: dict, operating: Operating, seed: int) -> pd.DataFrame:
     """The chosen `point` and the recipe's own on the same validation cases: mean Dice and its difference to the choice, each
     with its 95 % bootstrap interval over cases (`seed`)."""
-    recipe = dict(threshold=operating.threshold, min_voxels=operating.min_voxels, min_mm3=0.0, tta=operating.tta)
     per_case = table[[c for c in table if c.startswith(PER_CASE)]]
     chosen, rows = per_case.loc[_row(table, point)], []
-    for name, at in (("chosen", point), ("recipe", recipe)):
+    for name, at in (("chosen", point), ("recipe", operating.point)):
         dice = per_case.loc[_row(table, at)]
         rows.append({"point": name, **{key: at[key] for key in ("threshold", "min_voxels", "min_mm3", "tta")},
                      **dict(zip(("dsc", "low", "high", "left_out"), bootstrap_ci(dice, seed))),

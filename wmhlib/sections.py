@@ -35,6 +35,7 @@ class Inputs:
 
     @property
     def channels(self) -> int:
+        """How many the network's input has: modalities times slices."""
         return len(self.modalities) * (2 * self.context + 1)
 
     @property
@@ -176,6 +177,8 @@ class Augment:
 
 @dataclass(frozen=True)
 class Training:
+    """Epochs, optimiser and schedule (`epochs.learning_rate`)."""
+
     epochs: int = 100
     batch_size: int = 4
     accumulation: int = 4
@@ -252,6 +255,11 @@ class Operating:
     prefer: str = "centre"  # of the plateau; or "sensitive": the lowest threshold within one standard error of the best Dice
     batch_size: int = 16  # slices in one forward pass
 
+    @property
+    def point(self) -> dict:
+        """The recipe's own operating point, as operating_point.json has one."""
+        return {"threshold": self.threshold, "min_voxels": self.min_voxels, "min_mm3": 0.0, "tta": self.tta}
+
     def __post_init__(self):
         require(0 < self.threshold < 1, "operating.threshold", self.threshold, "between 0 and 1")
         require(self.views in (1, 2, 4, 8, 10), "operating.views", self.views, "1, 2, 4, 8 or 10")
@@ -273,7 +281,7 @@ class Cohort:
     """The synthetic cohort that `phantom`, or `vessels`, writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
     scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
     heads: tuple[str, ...] = ()  # T1w scans of healthy adults, whose brains the cases have by turns with the MNI152's; each is a site
 

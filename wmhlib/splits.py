@@ -65,6 +65,9 @@ def check_split(split: pd.DataFrame, cohort: pd.DataFrame | None = None) -> pd.D
         if len(strange):
             raise InputError(f"the split and the cohort differ in {_some(strange)}: expected cases of the cohort under their own "
                              "subjects; run notebook 02 again")
+        unused = cohort.loc[~cohort["case"].isin(split["case"]), "case"]
+        if len(unused):
+            print(f"{len(unused)} cases of the cohort are in no part of the split ({_some(unused)}): run notebook 02 again to use them", flush=True)
         for role in [name for name in ("flair", "mask") if name in cohort]:
             files = {case: os.path.realpath(path) for case, path in zip(cohort["case"], cohort[role]) if path}
             _one_side(split.assign(**{role: split["case"].map(files)}), role)

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from .anatomy import CSF, FAT
-from .scan import T1, Anatomy, Case, Scan, Site
+from .scan import T1, Acquisition, Anatomy, Scan, Site
 
 SITES = {
     "R001": Site("R001", (192, 224, 176), (1.0, 1.0, 1.0), (1, 1, 1), centre=8, thickness=(0, 0), grey=(0.6, 0.72), fat=(1.4, 2.1),
@@ -55,7 +55,7 @@ class StrokeScan(Scan):
         super().__init__(replace(site, shape=shape, spacing=tuple(d * n / m for d, n, m in zip(site.spacing, site.shape, shape))), seed, 1.0)
         self.voxel = float(np.prod(self.spacing))  # mm3
 
-    def acquire(self) -> Case:
+    def acquire(self) -> Acquisition:
         """A T1w scan (`flair`), its lesions and lateral ventricles."""
         patient, brain, uniform = self.patient, self.patient.inner, self.patient.uniform
         grey, white = brain.brain()
@@ -73,7 +73,7 @@ class StrokeScan(Scan):
         anatomy = Anatomy(labels, self.grain(labels), labels[brain.box] == CSF, grey, white, dark, spots, cavity * (grey + white), torch.from_numpy(mask))
         image = self.image(self.t1(anatomy), self.kept())
         mask, ventricles = (self.finish(self.around_brain(part.to(torch.uint8))) for part in (torch.from_numpy(mask), ventricles))
-        return Case(self.finish(image), None, mask, ventricles, self.affine())
+        return Acquisition(self.finish(image), None, mask, ventricles, self.affine())
 
     def t1(self, anatomy: Anatomy) -> Tensor:
         uniform, brain = self.patient.uniform, self.patient.inner

@@ -24,8 +24,9 @@ import nbformat
 
 from . import bids, errors, pages
 from .errors import InputError, WMHError
+from .files import read_table, write_atomic
 from .settings import Recipe
-from .workspace import MINISAM, REPOSITORY, RunFolder, read_table, run_folders, write_atomic
+from .workspace import MINISAM, REPOSITORY, RunFolder, run_folders
 
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore",

@@ -14,7 +14,7 @@ from .errors import CheckpointError, RecipeError
 from .medsam import build_encoder, load_checkpoint, weights_sha256
 from .network import base_channel_adapter
 from .promptable import Promptable, promptable_of, three_channels
-from .sections import SHIPPED, Encoder, Inputs, Training
+from .sections import SHIPPED, Encoder, Inputs, Training, require
 
 ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
     "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True, pixels="sam"),
@@ -47,12 +47,11 @@ class Distillation:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self):
-        for name, holds, expected in (
-                ("student_px", self.student_px >= 0 and self.student_px % 16 == 0, "a multiple of 16, or 0"),
-                ("alpha", 0 <= self.alpha <= 1, "0 to 1"), ("feature", self.feature in ("mse", "huber"), "'mse' or 'huber'"),
-                ("temperature", self.temperature > 0, "above 0"), ("prompts", self.prompts >= 1, "at least 1")):
-            if not holds:
-                raise RecipeError(f"distillation setting {name} = {getattr(self, name)!r} is impossible: expected {expected}")
+        require(self.student_px >= 0 and self.student_px % 16 == 0, "distillation.student_px", self.student_px, "a multiple of 16, or 0")
+        require(0 <= self.alpha <= 1, "distillation.alpha", self.alpha, "0 to 1")
+        require(self.feature in ("mse", "huber"), "distillation.feature", self.feature, "'mse' or 'huber'")
+        require(self.temperature > 0, "distillation.temperature", self.temperature, "above 0")
+        require(self.prompts >= 1, "distillation.prompts", self.prompts, "at least 1")
 
 
 PRESETS = {
@@ -76,7 +75,7 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
     settings = PRESETS[preset]
-    encoder, student = (replace(ENCODERS[kind], bits=old.bits) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
+    encoder, student = (replace(ENCODERS[kind], bits=old.bits, random=old.random) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
     if teacher:
         path = teacher if teacher == SHIPPED else str(Path(teacher).expanduser().absolute())
         encoder = replace(encoder, checkpoint=path, random=False)
@@ -92,7 +91,7 @@ class Teacher(nn.Module):
         super().__init__()
         if not (settings.teacher.checkpoint or settings.teacher.random):
             raise RecipeError("the distillation names no teacher: give a checkpoint of SAM's format (SAM, MedSAM, a base)")
-        encoder, path = build_encoder(replace(settings.teacher, bits=16, checkpoint=""), settings.seed), settings.teacher.checkpoint
+        encoder, path = build_encoder(replace(settings.teacher, checkpoint=""), settings.seed), settings.teacher.checkpoint
         if path:
             self.others = load_checkpoint(encoder, path)
             prompted = any(key.startswith("mask_decoder.") for key in self.others)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -41,22 +42,35 @@ class TrainedNet(nn.Module):
 
 
 def weights_bytes(network: TrainedNet, origin: dict[str, str]) -> bytes:
-    """The trained state as safetensors; its metadata keep `origin`: the `recipe` (JSON), the `base_sha256` of the frozen
-    weights and the `split` it was trained on (`RunFolder.split_text`)."""
-    # One key: safetensors shuffles several.
-    return save(network.trained_state(), {"wmhlib": json.dumps(origin)})
+    """The trained state as `tensors_bytes`; `origin`: the `recipe` (JSON), the `base_sha256` of the frozen weights and the `split` it was
+    trained on (`RunFolder.split_text`)."""
+    return tensors_bytes(network.trained_state(), origin)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The trained state that `weights_bytes` wrote to `path`, and its `origin`. CheckpointError for another or a damaged file."""
+    state, origin = read_tensors(path)
+    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
+        raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
+    return state, origin
+
+
+def tensors_bytes(tensors: dict[str, Tensor], about: dict) -> bytes:
+    """A safetensors file of `tensors`, whose metadata keep `about` as JSON."""
+    return save(tensors, {"wmhlib": json.dumps(about)})  # one key: safetensors shuffles several
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], object]:
+    """The tensors of a safetensors file, and what `tensors_bytes` kept with them ({}: nothing). CheckpointError for a damaged file."""
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("there is no such file")
         with safe_open(path, "pt") as file:
-            origin = json.loads((file.metadata() or {}).get("wmhlib", "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads((file.metadata() or {}).get("wmhlib", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"weights {path} cannot be read: {error}") from None
-    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
-        raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
-    return state, origin
+
+
+def half(value: Tensor) -> Tensor:
+    """`value` on the CPU, in half precision where it is a matrix or a kernel, as bases and adapters are handed out."""
+    return value.detach().cpu().to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()

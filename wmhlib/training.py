@@ -16,9 +16,8 @@ import math
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -31,17 +30,17 @@ from .adapters import budget
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
 from .errors import CheckpointError, InputError, WMHError
+from .files import read_table, table_bytes
 from .monitor import Monitor
 from .network import build_network, native_precision
-from .processes import Average, GradientSum, StepStatistics, from_main
+from .processes import Average, GradientSum, StepStatistics, from_main, main_speaks_first
 from .ranks import Ranks
 from .sections import SHIPPED, Training
 from .settings import Recipe
 from .splits import check_split
 from .trained import read_weights, weights_bytes
-from .workspace import MINISAM, RunFolder, read_table, table_bytes
+from .workspace import MINISAM, RunFolder
 
-_GRACE_S = 60.0  # longer than the main process delivers after an error
 _STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "random", "best")
 
 
@@ -59,25 +58,13 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
-    with _main_speaks_first(accelerator), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
+    with main_speaks_first(accelerator.is_main_process), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
         network = build_network(recipe).cast_frozen(accelerator.mixed_precision).to(accelerator.device)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
         job = Job(run, recipe, accelerator, network, accelerator.prepare(optimizer), GradientSum(network), StepStatistics(network),
                   Average(network.live_state(), recipe.training.ema), Ranks(network), keeper)
         return pd.DataFrame(_train(job, cases, progress and accelerator.is_main_process))
-
-
-@contextlib.contextmanager
-def _main_speaks_first(accelerator: Accelerator) -> Iterator[None]:
-    """After an error in all processes the launcher ends every one as soon as the first has ended: let that be the main one, which
-    has files to deliver and the message to print."""
-    try:
-        yield
-    except WMHError:
-        if not accelerator.is_main_process:
-            time.sleep(_GRACE_S)
-        raise
 
 
 def launch(run: RunFolder) -> pd.DataFrame:
@@ -116,8 +103,11 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     history, best = _resume(job, origin, progress)
     if _finished(history, settings):
         return history
-    if settings.start and not history:
-        _start(job, progress)
+    if not history:
+        if keeper:
+            _drop(run.earlier_csv)
+        if settings.start:
+            _start(job, progress)
     train, val = (job.task.load(cases[cases.split == name], progress) for name in ("train", "val"))
     sites = cases[cases.split == "val"].site.tolist()
     places = job.task.validation_places(train, val)
@@ -134,7 +124,7 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
                 if better and keeper:
                     best = weights_bytes(job.network, origin)
                     keeper.write(run.best, best)
-                    _drop_point(run)
+                    _drop(run.operating_point)  # which is that of the weights it was chosen with
             history.append(row)
             if keeper:
                 keeper.write(run.history_csv, table_bytes(pd.DataFrame(history)))
@@ -154,6 +144,12 @@ def _start(job: Job, progress: bool) -> None:
     if origin["base_sha256"] != job.network.base_sha256:
         raise CheckpointError(f"training.start: {start.best} was trained on the base {origin['base_sha256'][:12]}, this run adapts "
                               f"{job.network.base_sha256[:12]}: start from a run of the same base")
+    theirs, mine = Recipe.from_json(origin["recipe"], start.best), job.recipe
+    if (theirs.adapter.method, theirs.encoder.bits) != (mine.adapter.method, mine.encoder.bits):
+        raise CheckpointError(f"training.start: {start.best} has adapter.method={theirs.adapter.method} and encoder.bits={theirs.encoder.bits}, this run "
+                              f"{mine.adapter.method} and {mine.encoder.bits}: start from a run of the same")
+    if origin.get("split") and origin["split"] != start.split_text():
+        raise CheckpointError(f"training.start: {start.best} was trained on another split than {start.split_csv} has now: what it has seen is not known")
     cases, seen = job.run.scans(), start.seen()
     known = cases.case[(cases.split != "train") & cases.digest.isin(seen.digest)]
     if len(known):
@@ -216,10 +212,9 @@ def _placeless(recipe: str) -> Recipe:
     return replace(known.afresh(), encoder=replace(known.encoder, checkpoint=""))
 
 
-def _drop_point(run: RunFolder) -> None:
-    """An operating point is that of the weights it was chosen with."""
+def _drop(path: Path) -> None:
     with contextlib.suppress(OSError):
-        run.operating_point.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict], bytes]:
@@ -242,7 +237,7 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
         if keeper and (not path.exists() or path.read_bytes() != content):
             keeper.write(path, content)
             if path == job.run.best:
-                _drop_point(job.run)
+                _drop(job.run.operating_point)
     if progress:
         print(f"going on from {keeper.source.name}", flush=True)
     return state["history"], best

@@ -19,9 +19,8 @@ from .errors import InputError
 from .images import is_image
 from .nifti import load_mask, load_volume
 from .pages import render
-from .slices import head_box, height_mm, to_display
+from .slices import bright, head_box, height_mm, to_display, window
 
-_AIR = 0.15  # of the way from dark to bright: below it is no head
 _QUALITY = 82  # of the JPEGs
 
 
@@ -64,8 +63,7 @@ def _content(case: dict) -> dict:
     box = head_box(flair.max(2))
     heights = [height_mm(case["affine"], np.shape(case["flair"]), z) for z in range(flair.shape[2])]
     flair, given = flair[box], {name: mask[box] for name, mask in zip(given, masks)}
-    dark, limit = np.percentile(flair, (1, 99))
-    shown = np.flatnonzero((flair > dark + _AIR * (limit - dark)).mean((0, 1)) > 0.02)
+    shown = np.flatnonzero(bright(flair).mean((0, 1)) > 0.02)
     shown = shown if len(shown) else np.arange(flair.shape[2])
     layers = _layers(given)
     grey = _grey(flair[..., shown[0] : shown[-1] + 1])
@@ -89,11 +87,8 @@ def _layers(given: dict[str, np.ndarray]) -> dict[str, tuple]:
 
 
 def _grey(flair: np.ndarray) -> np.ndarray:
-    """uint8, one window for all slices, scalp fat saturated where it would darken the brain (as `slices.show`)."""
-    low, high = np.percentile(flair, (1, 99.7))
-    bright = flair[flair > low + _AIR * (np.percentile(flair, 99) - low)]
-    if len(bright):
-        high = min(high, low + 2.1 * (np.median(bright) - low))
+    """uint8, one window for all slices."""
+    low, high = window(flair)
     return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).round().astype(np.uint8)
 
 

@@ -6,7 +6,7 @@ and only that window is resized to the network's `canvas`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -24,6 +24,7 @@ from .sections import Inputs
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
+_DARKER = 0.01  # share of voxels darker than air from which on air is not what is darkest (resampling leaves some)
 _TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
@@ -58,13 +59,14 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     if inputs.images:
         return _image_case(flair, mask, inputs)
     volume = load_volume(flair)
-    head, inner = _head(volume)
+    grey = _with_dark_air(volume.data)
+    head, inner = _head(replace(volume, data=grey))
     images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
-    images[0] = normalise(volume.data, inner, flair)
+    images[0] = normalise(grey, inner, flair)
     if t1 and "t1" in inputs.modalities[1:]:
         second = load_volume(t1)
         check_grid(t1, second.image, volume)
-        images[inputs.modalities.index("t1")] = normalise(second.data, inner, t1)
+        images[inputs.modalities.index("t1")] = normalise(_with_dark_air(second.data), inner, t1)
     labels = load_mask(mask, volume) if mask else None
     return Case(volume, images, inner, labels, _grid(volume, head, inner, inputs.fov))
 
@@ -118,6 +120,16 @@ def brain_slices(case: Case) -> torch.Tensor:
     lowest = np.flatnonzero(inner.any((0, 1)))[0] - _BELOW_MM / spacing[2]
     shown = (image > 0.5 * AIR).any((0, 1)) & (np.arange(image.shape[2]) >= lowest)
     return torch.from_numpy(np.flatnonzero(shown))
+
+
+def _with_dark_air(data: np.ndarray) -> np.ndarray:
+    """`data` with its air made the darkest where some tissue is darker: in a scan without skull whose brain alone was z-scored, air is 0 and so is
+    the brain's mean."""
+    edge = np.concatenate([side.ravel() for axis in range(3) for side in (data.take(0, axis), data.take(-1, axis))])
+    air, darkest = np.median(edge), data.min()
+    if np.mean(edge == air) < 0.5 or np.mean(data < air) < _DARKER:
+        return data
+    return np.where(data == air, 0, data - darkest)
 
 
 def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:

@@ -1,33 +1,27 @@
-"""The run folder: its paths, atomic writes, tables, manifest; stable seeds."""
+"""The run folder: its paths, cases and manifest; stable seeds."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import shlex
 import subprocess
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from .errors import InputError, MissingStepError, RecipeError
+from .files import read_json, read_table, read_text, sha256, table_bytes, write_atomic
 from .sections import SHIPPED
 from .settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_MOST_COLUMNS = 5000
-_TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
-                 "page")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nibabel", "peft", "accelerate", "safetensors",
              "connected-components-3d", "nilearn", "monai", "transformers")
 
@@ -78,7 +72,7 @@ class RunFolder:
 
     def recipe(self, preset: str | None = None) -> Recipe:
         """The recipe of this run. Raises MissingStepError where there is none, RecipeError if it is not one of `preset`."""
-        recipe = Recipe.from_json(_text(self.need(self.recipe_json, "01_download")), self.recipe_json)
+        recipe = Recipe.from_json(read_text(self.need(self.recipe_json, "01_download")), self.recipe_json)
         if preset not in (None, recipe.name):
             raise RecipeError(f"run folder {self.path} belongs to another recipe: {recipe.name!r} there, {preset!r} asked for. "
                               f"Set preset to {recipe.name!r}, or choose another run folder")
@@ -107,7 +101,7 @@ class RunFolder:
     def seen(self) -> pd.DataFrame:
         """The scans that the run's weights were trained or chosen on, `earlier` ones among them: columns case, site, digest."""
         cases = self.scans()
-        return pd.concat([self.earlier(), cases.loc[cases["split"] != "test", ["case", "site", "digest"]]], ignore_index=True)
+        return pd.concat([self.earlier(), cases.loc[cases["split"] != "test", ["case", "site", "digest"]]]).drop_duplicates("digest", ignore_index=True)
 
     def earlier(self) -> pd.DataFrame:
         """The scans that the weights which training started from were trained or chosen on, as `seen`; none without `training.start`."""
@@ -168,64 +162,6 @@ def run_folders(text: str) -> list[RunFolder]:
 MINISAM = RunFolder(REPOSITORY / "assets" / SHIPPED)  # the weights that come with the suite, laid out as a run
 
 
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, ending in its name (so `.nii.gz` stays); at the end the file written there
-    reaches the disk and takes the name `path`. After an error it is removed and `path` is as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Writes the whole of `data` to `path` (text as UTF-8), or nothing."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """CSV with six significant digits: the same table gives the same bytes."""
-    write_atomic(path, table_bytes(table))
-
-
-def table_bytes(table: pd.DataFrame) -> bytes:
-    """What `write_table` writes."""
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """A table of `write_table`; names, paths and groups stay text ("" where empty). Raises InputError if it is no CSV."""
-    try:
-        with open(path, "rb") as file:
-            if max((line.count(b",") for line in file), default=0) > _MOST_COLUMNS:  # pandas would take hours
-                raise ValueError(f"more than {_MOST_COLUMNS} columns")
-        table = pd.read_csv(path, dtype={name: str for name in _TEXT_COLUMNS}, keep_default_na=False, na_values=[""])
-    except (ValueError, OverflowError, IsADirectoryError) as error:  # pandas' own errors and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path} is not a CSV table ({error}): delete it and run the notebook that writes it") from None
-    table = table.assign(**{name: table[name].fillna("") for name in _TEXT_COLUMNS if name in table})
-    if any(table[name].str.contains("\0", regex=False).any() for name in _TEXT_COLUMNS if name in table):
-        raise InputError(f"{path} holds a NUL: delete it and run the notebook that writes it")
-    return table
-
-
-def read_json(path: str | Path) -> dict:
-    """The object that a JSON file holds. Raises InputError if it holds none."""
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): delete it and run the notebook that writes it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}: expected an object, written by a notebook")
-    return content
-
-
 def stable_seed(*parts) -> int:
     """A seed in 0 .. 2**31 - 1 from the text of `parts`: the same in every process and on every machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
@@ -245,12 +181,6 @@ def version(name: str) -> str | None:
         return None
 
 
-def sha256(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 _POINT = {  # what the values of an operating point must be
     "threshold": lambda v: _is_number(v) and 0 < v <= 1, "min_voxels": lambda v: type(v) is int and v >= 1,
     "min_mm3": lambda v: _is_number(v) and v >= 0, "tta": lambda v: isinstance(v, bool),
@@ -259,13 +189,6 @@ _POINT = {  # what the values of an operating point must be
 
 def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
-
-
-def _text(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path} is not a text file ({error}): delete it and run the notebook that writes it") from None
 
 
 def _cases(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
-from ..batches import CaseSlices, with_context
+from ..batches import with_context
 from ..canvas import from_canvas
 from ..engine import VIEWS, turn, unturn
 from ..medsam import CHANNELS, PATCH, build_encoder
 from ..network import WMHNet
 from ..promptable import sam_modeling
 from ..sections import Augment, Encoder, Operating
+from ..slicestore import CaseSlices
 from ..volumes import AIR, BRIGHTEST, Case, case_canvas
 
 

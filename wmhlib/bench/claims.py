@@ -55,7 +55,7 @@ class Subject:
 
     def build(self, device: torch.device) -> nn.Module:
         """The encoder, frozen, its matrices in the precision; without a checkpoint with random weights, which cost the same."""
-        encoder = build_encoder(dataclasses.replace(self.encoder, bits=16), 0).eval().requires_grad_(False)
+        encoder = build_encoder(self.encoder, 0).eval().requires_grad_(False)
         if self.precision == "nf4":
             return quantise(encoder).to(device)
         if self.precision == "bf16":
@@ -79,7 +79,7 @@ def gflop(encoder: Encoder, px: int) -> float:
     """10^9 operations of one image, as torch's FlopCounterMode counts the products this code runs (1 MAC = 2 FLOP; norms, softmax and
     activations are not counted), on tensors without data."""
     with torch.device("meta"):
-        module = build_encoder(dataclasses.replace(encoder, checkpoint="", bits=16), 0)
+        module = build_encoder(dataclasses.replace(encoder, checkpoint=""), 0)
     count = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = module.to_empty(device="cpu")
@@ -211,7 +211,7 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
 
 def _parameters(encoder: Encoder) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in build_encoder(dataclasses.replace(encoder, checkpoint="", bits=16), 0).parameters())
+        return sum(p.numel() for p in build_encoder(dataclasses.replace(encoder, checkpoint=""), 0).parameters())
 
 
 def _decoder_gflop(px: int) -> float:

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
+from ..adapters import budget
 from ..compare import pareto
 from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page, save_figure
 from ..metrics import SCORES
 from ..report import DECIMALS, HEADS, intervals
+from ..settings import Recipe
+from ..trained import weights_bytes
 from ..wording import words as in_words
+from .steps import Step, step_memories
+from .table import alternate
 
 _DECIMALS = DECIMALS | dict(dsc=3)  # methods lie close together
 
@@ -30,6 +36,24 @@ def shown_costs(table: pd.DataFrame) -> pd.DataFrame:
     parts = (("trainable", "trained", "{:,.0f}", 1), ("adapter", "in the adapter", "{:,.0f}", 1), ("share_percent", "of all", "{:.2f} %", 1), ("file_mb", "file (MB)", "{:.1f}", 1),
              ("peak_mb", "peak (MB)", "{:.0f}", 1), ("step_s", "step (ms)", "{:.0f}", 1e3), ("step_ratio", "step ratio", "{:.2f}", 1))
     return pd.DataFrame({head: (table[name] * scale).map(form.format) for name, head, form, scale in parts}).set_axis(table.system.rename("system"))
+
+
+def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.DataFrame:
+    """What each system costs, a row each: `trainable` parameters, of them the `adapter`'s, `share_percent` of all parameters of the
+    network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
+    batch, on a GPU where there is one), `step_ratio` to LoRA's at the ranks of `recipe`, with which it takes turns, and `peak_mb` of a fresh
+    process on the CPU in which one runs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipes = {name: recipe.with_overrides(overrides) for name, overrides in named.items()}
+    rows, lora = [], Step(recipe.with_overrides("adapter.method=lora"), "ours", device)
+    for (name, own), memory in zip(recipes.items(), step_memories(list(recipes.values()), "ours")):
+        step = Step(own, "ours", device)
+        spent, _ = alternate({"lora": lora.run, "own": step.run}, repetitions, warm=True)
+        counts, seconds = budget(step.network), float(np.median(spent["own"]))
+        rows.append(dict(system=name, trainable=counts["trainable"], adapter=counts["adapter"], share_percent=counts["share_percent"],
+                         file_mb=1e-6 * len(weights_bytes(step.network, {"recipe": own.to_json()})), peak_mb=sum(memory.values()), step_s=seconds,
+                         step_ratio=seconds / float(np.median(spent["lora"]))))
+    return pd.DataFrame(rows, columns=["system", "trainable", "adapter", "share_percent", "file_mb", "peak_mb", "step_s", "step_ratio"])
 
 
 def pareto_figure(table: pd.DataFrame) -> Figure:

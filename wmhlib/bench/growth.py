@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..network import autocast, native_precision
 from ..nifti import save_like
 from ..sections import Operating
 from ..settings import Recipe
+from ..threads import one_thread
 from ..volumes import Case, brain_slices, case_canvas, load_case
 from . import baselines
 from .measures import CPU, Plan, full_network, search_growth, slab
@@ -27,12 +27,6 @@ from .roofline import fastest, network_flops
 from .steps import Step
 
 SUSTAINED = {"one H100-class GPU": 150e12, "one A100-class GPU": 80e12, "one T4-class GPU": 12e12}  # FLOP/s assumed, not measured
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def growth(plan: Plan, case: Case) -> pd.DataFrame:
@@ -49,7 +43,7 @@ def case_growth(recipe: Recipe, case: Case, numbers: Sequence[int], grid: Operat
     step = Step(recipe, "ours")
     step.run()
     for n in numbers:
-        yield dict(what="epoch, a batch a case", along="cases", n=n, who="ours", seconds=timed(lambda n=n: [step.run() for _ in range(n)]))
+        yield dict(what="epoch, a batch a case", along="cases", n=n, who="ours", seconds=fastest(lambda n=n: [step.run() for _ in range(n)], 1))
 
 
 def slice_growth(recipe: Recipe, case: Case, numbers: Sequence[int]) -> Iterator[dict]:
@@ -58,7 +52,7 @@ def slice_growth(recipe: Recipe, case: Case, numbers: Sequence[int]) -> Iterator
     engine.predict(slab(case, 2))
     for n in numbers:
         part, held = slab(case, n), hardware.Held()
-        spent = timed(lambda part=part: engine.predict(part))
+        spent = fastest(lambda part=part: engine.predict(part), 1)
         with held:
             engine.predict(part)
         yield dict(what="prediction", along="slices", n=n, who="ours", seconds=spent, memory_mb=1e-6 * held.peak)
@@ -71,7 +65,7 @@ def view_growth(recipe: Recipe, case: Case, numbers: Sequence[int]) -> Iterator[
     for n in numbers:
         network.recipe = _views(recipe, n)
         engine = WMHInferenceEngine(network, CPU)
-        yield dict(what="prediction", along="views", n=n, who="ours", seconds=timed(lambda engine=engine: engine.predict(case)))
+        yield dict(what="prediction", along="views", n=n, who="ours", seconds=fastest(lambda engine=engine: engine.predict(case), 1))
 
 
 def resolution_growth(recipe: Recipe, sizes: Sequence[int]) -> Iterator[dict]:
@@ -95,13 +89,8 @@ def _views(recipe: Recipe, views: int) -> Recipe:
 
 def files_s(case: Case) -> float:
     """Seconds of one core for everything around the network of one case: reading, normalising, canvases, writing three maps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return timed(lambda: _files(case, Path(folder)))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        return fastest(lambda: _files(case, Path(folder)), 1)
 
 
 def _files(case: Case, folder: Path) -> None:
@@ -119,7 +108,7 @@ def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float)
     case_s = slices * next(row["ours_s"] for row in reversed(rows) if row["what"].endswith(": a slice"))
     work = network_flops(recipe) * slices * 8
     hours = {name: scans * work / rate / 3600 for name, rate in SUSTAINED.items()}
-    name, fastest = next(iter(hours.items()))
+    name, alone = next(iter(hours.items()))
     processes = math.ceil(1 + cpu_s * SUSTAINED[name] / work)
     guesses = ", ".join(f"{_hours(value)} on {gpu} ({SUSTAINED[gpu] / 1e12:g} TFLOP/s)" for gpu, value in hours.items())
     return (f"**{scans:,} scans (an estimate).** A scan of {slices} slices with brain and eight views is {work / 1e12:,.0f} TFLOP of the {recipe.name} "
@@ -128,7 +117,7 @@ def ten_thousand(recipe: Recipe, case: Case, rows: Sequence[dict], cpu_s: float)
             f"take {_seconds(cpu_s)} of one core a scan (measured), {_hours(scans * cpu_s / 3600)} for all: a process does one after the other, so {processes} of them "
             f"keep {name} busy (one alone: {_hours(scans * (work / SUSTAINED[name] + cpu_s) / 3600)}). Scans are independent: `accelerate launch` (one process a GPU) or "
             f"`torchrun --nproc-per-node N` with `-m wmhlib.derivatives RUN FLAIR OUT` gives each process its share, and 8 such GPUs with {8 * processes} processes and cores "
-            f"would need about {_hours(fastest / 8)}, the slowest disk or network permitting. Two views cost a quarter of this, one an eighth.")
+            f"would need about {_hours(alone / 8)}, the slowest disk or network permitting. Two views cost a quarter of this, one an eighth.")
 
 
 def _hours(value: float) -> str:

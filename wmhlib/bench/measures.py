@@ -23,7 +23,7 @@ from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
 from ..metrics import challenge_scores, filter_components, lesion_table
-from ..network import WMHNet, autocast, dtype_of, load_network, native_precision
+from ..network import PRECISIONS, WMHNet, autocast, dtype_of, load_network, native_precision
 from ..nifti import Volume, save_like
 from ..phantom import make_case, write_cohort
 from ..presets import preset
@@ -38,7 +38,6 @@ from .roofline import encoder_flops, fastest, part_seconds, points
 from .table import alternate, row
 
 CPU = torch.device("cpu")
-NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 POINTS = Operating(sizes=(1, 2, 3, 5, 8, 12, 16, 20), sizes_mm3=(9.0,))  # 17 thresholds x 9 sizes x 2
 
 
@@ -68,7 +67,8 @@ def plan(small: str = "demo", quick: bool = False) -> Plan:
     if not quick:
         return Plan(preset("colab", "encoder.random=true"), preset(small))
     toy = preset("smoke", "training.precision=bf16")
-    return Plan(toy, toy, 1, 1, 256, 1, 4.0, 6, Operating(thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0,)), (1, 2), (2, 4), (64, 96), (1, 2), True)
+    return Plan(toy, toy, repetitions=1, few=1, matrix=256, slab=1, scale=4.0, depth=6, grid=Operating(thresholds=(0.3, 0.6), sizes=(1, 3), sizes_mm3=(9.0,)),
+                cases=(1, 2), slices=(2, 4), sizes=(64, 96), views=(1, 2), quick=True)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -118,7 +118,7 @@ def encoder_rows(recipe: Recipe, size: int, repetitions: int) -> list[dict]:
                             {k: lambda k=k: gradients(adapted[k], k) for k in kinds}, max(1, repetitions - 2), warm=True)
     rows, useful = [], sum(encoder_flops(recipe.encoder, px).values())
     for kind in kinds:
-        name, fp32 = NAMES[kind], kind == "no"
+        name, fp32 = PRECISIONS[kind], kind == "no"
         rows.append(row(f"encoder, {px} px, {name}", times["sam"], times[kind], 1.25 if fp32 else 2.5, relative(outs[kind], outs["sam"]),
                         1e-4 if fp32 else 1e-2, note="against segment_anything, eager, fp32; the same weights"))
         error = max(float((grads[kind][n] - g).norm() / g.norm()) for n, g in grads["sam"].items() if g.any())
@@ -138,7 +138,7 @@ def roofline_table(recipe: Recipe, repetitions: int) -> pd.DataFrame:
     measured |= {("ours", kind): network.for_inference(kind) for kind in {"no": 0, native_precision(recipe.training.precision, CPU): 0}}
     image = torch.randn(1, recipe.inputs.channels, px, px)
     spent = {name: part_seconds(net, image, dtype_of(name[1]), repetitions) for name, net in measured.items()}
-    return points(recipe, {(who, NAMES[kind]): parts for (who, kind), parts in spent.items()})
+    return points(recipe, {(who, PRECISIONS[kind]): parts for (who, kind), parts in spent.items()})
 
 
 def trained_network(run: RunFolder, plan: Plan) -> tuple[WMHNet, str]:
@@ -162,7 +162,7 @@ def volume_rows(network: WMHNet, case: Case, repetitions: int, what: str, device
     found, depth = results["ours"], case.grid.depth
     seen = found.prob_tta > 0
     error = float(np.abs(found.prob_tta - results["baseline"])[seen].max())
-    words = (f"{depth} slices, {found.skipped} without brain skipped; at most {recipe.operating.batch_size} in a pass; {NAMES[engine.precision]} with merged adapters against fp32 with "
+    words = (f"{depth} slices, {found.skipped} without brain skipped; at most {recipe.operating.batch_size} in a pass; {PRECISIONS[engine.precision]} with merged adapters against fp32 with "
              "adapters beside; error: of the probabilities of slices looked at, absolute")
     rows = [row(f"{what}{place}", times["baseline"], times["ours"], np.nan if whole else target, error, note=words)]
     each = [[t / depth for t in times["baseline"]], [t / (depth - found.skipped) for t in times["ours"]]]

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from .. import hardware
-from ..batches import CaseSlices, augment, drop_modalities, stack_slices
+from ..batches import augment, drop_modalities, stack_slices
 from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, autocast, native_precision
 from ..presets import preset
 from ..ranks import Ranks
 from ..settings import Recipe
+from ..slicestore import CaseSlices
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
@@ -151,13 +152,15 @@ def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torc
 
 
 def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
-    """`step_rates` at batch 4, 16 and 64 on the GPU, and what `machine` says of it; None where there is none."""
+    """`step_rates` on the GPU at those of batch 4, 16 and 64 that fit it, and what `machine` says of it; None where there is none."""
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda")
     measured = machine(8192, device=device)
     precision = native_precision(recipe.training.precision, device)
-    return step_rates(recipe, (4, 16, 64), measured["fp32" if precision == "no" else precision], device), measured
+    limit = hardware.SHARE * hardware.device_memory(device)[1]
+    sizes = [n for n in (4, 16, 64) if hardware.expected_peak(replace(recipe, training=replace(recipe.training, batch_size=n)), device) <= limit]
+    return step_rates(recipe, sizes or [1], measured["fp32" if precision == "no" else precision], device), measured
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, WMHError
-from ..workspace import atomic
+from ..files import atomic
 
 MOST = 1e-4  # that a file may differ from its network
 _NEEDS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}

@@ -16,13 +16,14 @@ from ..engine import WMHInferenceEngine
 from ..ensemble import Ensemble
 from ..errors import RecipeError
 from ..figures import BLUE, GREEN, LEGEND, MARKERS, ORANGE, page
+from ..files import read_table, write_table
 from ..network import build_network, load_network
 from ..presets import planned
 from ..report import interval
 from ..sections import NETWORKS
 from ..settings import Recipe
 from ..splits import split_cases
-from ..workspace import RunFolder, read_table, write_table
+from ..workspace import RunFolder
 from .export import check, check_format, export
 
 ENSEMBLE = "ensemble"
@@ -189,7 +190,7 @@ def cross_validate(run: RunFolder, network: str, folds: int, folder: str | Path,
             run.recipe().with_overrides(_fold(overrides, folds, fold)))
         write_table(cohort, place.cohort_csv)
         write_table(split_cases(cohort, place.recipe()), place.split_csv)
-        found.append(compare.train(place, systems(network), (seed,), place.path / "cells", progress=False).assign(fold=fold + 1))
+        found.append(compare.train(place, systems(network), (seed,), place.path / "cells", _fold(overrides, folds, fold), progress=False).assign(fold=fold + 1))
     return pd.concat(found, ignore_index=True)
 
 
