@@ -70,6 +70,14 @@ def test_every_chart_draws_without_a_warning_and_without_overlapping_words(name,
         assert not [pair for i, pair in enumerate(shown) if pair.count_overlaps(shown[i + 1:])]
 
 
+def test_labels_of_narrow_limits_within_wide_bands_lie_apart():
+    fig = charts.bland_altman_figure([10, 20], [11, 21.5], ["a", "a"])
+    fig.draw_without_rendering()
+    for ax in fig.axes[2:]:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) == 3 and not [box for i, box in enumerate(boxes) if box.count_overlaps(boxes[i + 1:])]
+
+
 def test_agreement_shows_every_case_and_its_bands_span_the_intervals():
     own = metrics(9)[::len(SYSTEMS)]
     scatter, _, in_ml, as_ratio = charts.bland_altman_figure(own.reference_ml, own.result_ml, own.site).axes

@@ -15,6 +15,7 @@ from . import agreement
 from .evaluation import SYSTEMS
 from .figures import BLUE, GREEN, LEGEND, MARKERS, ORANGE, POINTS, SKY, VERMILLION, page
 
+_LABEL = 0.13  # of an axis' height: a label of two lines
 _SYSTEMS = list(zip((BLUE, ORANGE, GREEN, SKY), "os^D"))
 _SITES = "os^DvpX<Ph>d8"  # more markers than colours: no two of 13 * 6 sites look alike
 _MEAN = dict(color="black", linewidth=1.6, marker="|", markersize=7, markeredgewidth=1.6, markevery=[1])
@@ -83,15 +84,16 @@ def _limits(ax, found: dict, write) -> None:
     ax.axhline(0, color="0.4", linewidth=1)
     if not found["sd"] > 0:
         ax.text(0.5, 0.75, f"no limits of agreement (n = {found['n']})", ha="center", transform=ax.transAxes)
-    for name, label, colour, style in (("loa_high", "+1.96 SD", VERMILLION, "--"), ("bias", "bias", BLUE, "-"),
-                                       ("loa_low", "-1.96 SD", VERMILLION, "--")):
-        if name != "bias" and not found["sd"] > 0 or not np.isfinite(found[name]):
-            continue
+    lines = [line for line in (("loa_high", "+1.96 SD", VERMILLION, "--"), ("bias", "bias", BLUE, "-"), ("loa_low", "-1.96 SD", VERMILLION, "--"))
+             if np.isfinite(found[line[0]]) and (line[0] == "bias" or found["sd"] > 0)]
+    for name, _, colour, style in lines:
         if found["sd"] > 0:
             ax.axhspan(*found[name + "_ci"], color=colour, alpha=0.12, linewidth=0)
         ax.axhline(found[name], color=colour, linestyle=style, linewidth=1.3)
-        ax.text(1.01, found[name], f"{label}\n{write(found[name])}", va="center", color=colour, fontsize=9,
-                transform=ax.get_yaxis_transform())
+    apart = _LABEL * np.ptp(ax.get_ylim())
+    places = {"bias": found["bias"], "loa_high": max(found["loa_high"], found["bias"] + apart), "loa_low": min(found["loa_low"], found["bias"] - apart)}
+    for name, label, colour, _ in lines:
+        ax.text(1.01, places[name], f"{label}\n{write(found[name])}", va="center", color=colour, fontsize=9, transform=ax.get_yaxis_transform())
 
 
 def _number(value: float, digits: int = 2) -> str:

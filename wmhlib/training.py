@@ -171,7 +171,7 @@ def _fitted(job: Job, data: int, first_epoch: int, progress: bool) -> Monitor:
     job.network.checkpoint_gradients(job.recipe.training.gradient_checkpointing)
     if progress:
         counts, processes = budget(job.network), accelerator.num_processes
-        if job.network.started:
+        if job.network.started and not job.recipe.training.start:
             print(f"{', '.join(job.network.started)} start from {job.recipe.encoder.checkpoint}", flush=True)
         print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.2f} %) on "
               f"{accelerator.device}{f' and {processes - 1} more' if processes > 1 else ''}\n{why}; {data / 1e9:.1f} GB of {job.task.stored} in {tempfile.gettempdir()}", flush=True)
