@@ -110,7 +110,7 @@ def test_several_t1_that_nobody_asked_for_are_no_trouble(touch):
 
 
 def test_endings_in_capitals_are_endings(touch):
-    assert cohort.find_scans(touch("Head_FLAIR.NII.GZ", "Other_FLAIR.Nii")).case.tolist() == ["Head_FLAIR", "Other_FLAIR"]
+    assert cohort.find_scans(touch("Head_FLAIR.NII.GZ", "Other_FLAIR.NII")).case.tolist() == ["Head_FLAIR", "Other_FLAIR"]
 
 
 @pytest.mark.parametrize("error, outcome", [(PermissionError(13, "no"), "left out .*sub-2, which may not be read"), (OSError(5, "I/O error"), "cannot be listed .I/O error")])

@@ -100,7 +100,7 @@ def test_boxes_hold_their_mask_within_the_jitter_and_points_lie_where_they_say(x
         assert all(bool(mask[b, a]) == bool(kind) for (a, b), kind in zip(places, labels) if kind != -1)
 
 
-def test_true_boxes_are_tight_and_widen_by_the_margin():
+def test_true_boxes_are_tight():
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[0, 3:6, 1:9] = True
     assert mask_boxes(mask).tolist() == [[1, 3, 8, 5]]

@@ -9,6 +9,7 @@ from wmhlib import splits
 from wmhlib.errors import InputError, RecipeError
 from wmhlib.files import read_table, write_table
 from wmhlib.presets import preset
+from wmhlib.workspace import RunFolder
 
 
 def made_up(sites, sessions=1):
@@ -203,12 +204,13 @@ def test_a_split_changed_by_hand_is_checked(tmp_path):
             splits.check_split(table, cases)
 
 
-def test_cases_that_came_after_the_split_are_named(capsys):
-    cases = made_up({"A": 9})
-    splits.check_split(split_by(cases), cases)
-    assert not capsys.readouterr().out
-    splits.check_split(split_by(cases), pd.concat([cases, cases.tail(1).assign(case="late", subject="late")]))
-    assert "1 cases of the cohort are in no part of the split (late)" in capsys.readouterr().out
+def test_cases_that_came_after_the_split_are_named(tmp_path, capsys):
+    cases, run = made_up({"A": 9}), RunFolder(tmp_path)
+    write_table(split_by(cases), run.split_csv)
+    for cohort in (cases, pd.concat([cases, cases.tail(1).assign(case="late", subject="late")])):
+        write_table(cohort, run.cohort_csv)
+        splits.tell_unused(run)
+    assert capsys.readouterr().out == "1 cases of the cohort are in no part of the split (late): run notebook 02 again to use them\n"
 
 
 @pytest.mark.parametrize("role", ["flair", "mask"])

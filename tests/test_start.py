@@ -55,11 +55,25 @@ def test_the_first_weights_are_those_of_the_run_and_what_they_have_seen_is_remem
     assert run.earlier().equals(read_seen(first)) and len(run.seen()) == 2 * len(read_seen(first))
 
 
-def test_none_of_them_may_validate_or_test(new_run, first):
+@pytest.mark.parametrize("role, trades", [("train", "val"), ("train", "test"), ("val", "test")])
+def test_none_of_them_may_test_and_none_that_trained_may_validate(new_run, first, role, trades):
     run = name_scans(new_run("second", f"{FREE} training.start={first.path}"), "seen")
-    with pytest.raises(InputError, match="validation or test cases were used to train"):
+    split = read_table(run.split_csv)
+    pair = split[split.split == role].index[0], split[split.split == trades].index[0]
+    split.loc[list(pair), "split"] = trades, role
+    write_table(split, run.split_csv)
+    with pytest.raises(InputError, match="1 validation or test cases were used to train"):
         training.fit(run, progress=False)
     assert not run.best.exists() and not run.earlier_csv.exists()
+
+
+def test_a_second_stage_on_the_same_split_may_validate_on_the_same_cases(new_run, first):
+    run = name_scans(new_run("second", f"{FREE} training.start={first.path}"), "seen")
+    training.fit(run, progress=False)
+    assert len(run.seen()) == len(run.earlier()) == len(read_seen(first))
+    run.earlier_csv.unlink()
+    with pytest.raises(InputError, match="earlier.csv is missing"):
+        run.seen()
 
 
 def test_a_run_that_has_begun_does_not_need_the_other_any_more(new_run, first, tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from wmhlib import volumes
 from wmhlib.canvas import from_canvas, mask_canvas, to_canvas
 from wmhlib.errors import InputError
 from wmhlib.nifti import load_mask, load_volume, save_like
@@ -89,6 +90,14 @@ def test_a_brain_that_was_z_scored_alone_is_normalised_as_it_was_before(head):
     assert np.array_equal(plain.inner, found.inner)
     np.testing.assert_allclose(found.images[0][plain.inner], plain.images[0][plain.inner], atol=1e-3)
     assert (found.images[0][plain.volume.data == 0] == found.images[0].min()).all()
+
+
+def test_ringing_around_a_resampled_head_moves_nothing(head):
+    def ringing(data):
+        return np.where(data > 8, data, np.where(np.random.default_rng(0).random(data.shape) < 0.2, -15, 0))
+
+    volume = load_volume(head(change=ringing))
+    assert (volume.data < 0).mean() > 0.05 and volumes._with_dark_air(volume.data) is volume.data
 
 
 def test_gaussian_tissue_gets_a_deviation_of_one_and_the_extremes_the_ends_of_the_range():

@@ -107,11 +107,12 @@ def name_scans(scans: pd.DataFrame, taken: dict[str, str], made_of: Callable[[st
         flair = scan["flair"]
         if flair not in names:
             subject, rest = _entities(scan)
-            owner, name = owners.get(f"{subject}{rest}".lower()), f"{subject}{rest}"
-            moved = name in taken and owner == taken[name] and not os.path.exists(owner) and made_of(name, flair)
-            if owner and not moved:
+            like = re.compile(f"{re.escape(subject)}([0-9a-f]{{6}})?{re.escape(rest)}")
+            moved = next((name for name, old in taken.items() if like.fullmatch(name) and owners[name.lower()] == old and not os.path.exists(old)
+                          and made_of(name, flair)), "")
+            if not moved and f"{subject}{rest}".lower() in owners:
                 subject += hashlib.sha256(flair.encode()).hexdigest()[:6]
-            names[flair] = subject + rest
+            names[flair] = moved or subject + rest
         owners[names[flair].lower()] = flair
     return {flair: names[flair] for flair in scans["flair"]}
 
@@ -134,7 +135,7 @@ def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
     Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind, or a folder with
     files of these names or with datasets in it.
     """
-    strange = sorted(path.name for path in out.glob("*") if path.name in ("README", ".bidsignore", INDEX) or (path / _DESCRIPTION).exists()
+    strange = sorted(path.name for path in out.glob("*") if path.name in ("README", ".bidsignore", INDEX) or os.path.exists(path / _DESCRIPTION)
                      or not path.name.startswith("sub-") and any(path.glob("sub-*")))  # read first: another process may be writing
     before = (out / _DESCRIPTION).read_bytes() if (out / _DESCRIPTION).exists() else b""
     other = next((some.lesions for some in (WMH, STROKE) if some != kind and f'"Name": "{some.lesions}"'.encode() in before), "")

@@ -13,7 +13,7 @@ from .tables import table_rows
 
 TABLE = "cases.csv"  # a folder that holds a table of this name is read through it
 SUFFIXES = {"flair": "FLAIR", "t1": "T1w"}  # in BIDS, of the contrasts that are segmented
-_SUFFIXES = (".nii", ".nii.gz")
+_SUFFIXES = (".nii", ".nii.gz", ".NII", ".NII.GZ", ".nii.GZ")  # that nibabel reads
 _APART = ("acq", "ce", "rec", "run")  # entities by which the scans of a session differ
 _NO_DATA = ("sourcedata", "code")  # folders of a BIDS dataset that hold no scan of it
 _GROUPS = {"": "", "train": "training", "training": "training", "test": "test"}
@@ -51,7 +51,7 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
         return found or plain
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
         return _table(place, labelled, contrast)
-    if place.is_file() and place.name.lower().endswith(_SUFFIXES):
+    if place.is_file() and place.name.endswith(_SUFFIXES):
         return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
 
@@ -92,7 +92,7 @@ def _files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_DATA)
-        found += [Path(root, name) for name in sorted(names) if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+        found += [Path(root, name) for name in sorted(names) if name.endswith(_SUFFIXES) and not name.startswith(".")]
     return found
 
 
@@ -145,16 +145,15 @@ def _bids(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[
         if len(named) == 1 and not any(_suffix(path) == SUFFIXES[contrast] for path in own):  # masks of the only session, which they do not name
             sessions[named[0]] += sessions.pop((dataset, subject, session))
     several = any(len(found) > 1 for found in datasets.values())
-    sites = {dataset: _sites(dataset, labelled) for dataset, _, _ in sessions}
+    sites = {dataset: _sites(dataset, labelled) for dataset in {dataset for dataset, _, _ in sessions}}
     rows = []
     for (dataset, subject, session), own in sessions.items():
         prefix = f"{clean(dataset.name)}_" if several else ""
         on_flair = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
-        for flair in own:
-            if _suffix(flair) != SUFFIXES[contrast] or "derivatives" in flair.relative_to(root).parts or (contrast == "t1" and flair in on_flair):
-                continue
+        scans = [path for path in own if _suffix(path) == SUFFIXES[contrast] and "derivatives" not in path.relative_to(root).parts
+                 and not (contrast == "t1" and path in on_flair)]
+        for flair in scans:
             keys = (*_APART, "space") if contrast == "t1" else _APART
-            scans = [path for path in own if _suffix(path) == SUFFIXES[contrast]]
             beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
             t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             t1 = t1 if contrast == "flair" else []

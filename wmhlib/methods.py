@@ -135,7 +135,7 @@ class Story:
     def limits(self) -> str:
         """What the figures do not show, as a Markdown list."""
         n = len(self.evaluated)
-        known = set(self.trained_on.site[self.trained_on.split == "train"])
+        known = {*self.trained_on.site[self.trained_on.split == "train"], *self.earlier.site}
         validation = f"{self.point['n']} validation case{'s' * (self.point['n'] > 1)}"
         images = self.recipe.inputs.images
         few = "intervals are wide, and a test between systems finds large differences only" if n >= FEWEST_PAIRS else "too few to test one system against another"
@@ -152,7 +152,8 @@ class Story:
         elif images:
             points.append("The split is that of the data: whether two images show one person, it does not say.")
         elif set(self.evaluated.site) <= known:
-            points.append("Every site was in training too; another scanner may do worse. Split by leave-one-site-out to see how much.")
+            advice = "" if self.recipe.split.protocol == "leave-one-site-out" else " Split by leave-one-site-out to see how much."
+            points.append(f"Every site was in training too; another scanner may do worse.{advice}")
         if not self.external and self.recipe.split.protocol == "k-fold":
             points.append(f"One of {self.recipe.split.folds} folds: the others are runs of their own.")
         if not self.external and self.point["n"] < 10:

@@ -108,7 +108,7 @@ class Scan:
         ventricles = (self.pool(fluid) >= 0.5).to(torch.uint8) * (mask == 0)
         keep = self.kept()
         return Acquisition(self.finish(self.image(self.pool(flair), keep)), self.finish(self.image(self.pool(t1), keep)),
-                    self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine())
+                           self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine())
 
     def anatomy(self) -> Anatomy:
         patient, brain = self.patient, self.patient.inner

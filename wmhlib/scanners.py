@@ -80,7 +80,7 @@ class RandomScan(Scan):
         inside, matter = self.pool(anatomy.inside.float()) > 0.5, torch.stack([1 - grey - white, grey, white]).argmax(0)
         tissue[self._slices()][inside] = (CSF_LABEL + matter[inside]).to(torch.uint8)
         return Acquisition(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine(),
-                    self.finish(self.whole(tissue * keep)))
+                           self.finish(self.whole(tissue * keep)))
 
     def flair(self, anatomy: Anatomy) -> torch.Tensor:
         contrast, brain, uniform = self.contrast, self.patient.inner, self.rng.uniform

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError, RecipeError
+from .files import read_table
 from .settings import Recipe
-from .workspace import stable_seed
+from .workspace import RunFolder, stable_seed
 
 PARTS = ("train", "val", "test")
 _COLUMNS = ["case", "subject", "site", "lesion_ml"]
@@ -65,13 +66,18 @@ def check_split(split: pd.DataFrame, cohort: pd.DataFrame | None = None) -> pd.D
         if len(strange):
             raise InputError(f"the split and the cohort differ in {_some(strange)}: expected cases of the cohort under their own "
                              "subjects; run notebook 02 again")
-        unused = cohort.loc[~cohort["case"].isin(split["case"]), "case"]
-        if len(unused):
-            print(f"{len(unused)} cases of the cohort are in no part of the split ({_some(unused)}): run notebook 02 again to use them", flush=True)
         for role in [name for name in ("flair", "mask") if name in cohort]:
             files = {case: os.path.realpath(path) for case, path in zip(cohort["case"], cohort[role]) if path}
             _one_side(split.assign(**{role: split["case"].map(files)}), role)
     return split
+
+
+def tell_unused(run: RunFolder) -> None:
+    """Prints which cases came into the cohort of `run` after it was split, and are not used."""
+    cohort, split = read_table(run.cohort_csv), read_table(run.split_csv)
+    unused = cohort.loc[~cohort["case"].isin(split["case"]), "case"]
+    if len(unused):
+        print(f"{len(unused)} cases of the cohort are in no part of the split ({_some(unused)}): run notebook 02 again to use them", flush=True)
 
 
 def split_table(split: pd.DataFrame) -> pd.DataFrame:

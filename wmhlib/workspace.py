@@ -104,7 +104,10 @@ class RunFolder:
         return pd.concat([self.earlier(), cases.loc[cases["split"] != "test", ["case", "site", "digest"]]]).drop_duplicates("digest", ignore_index=True)
 
     def earlier(self) -> pd.DataFrame:
-        """The scans that the weights which training started from were trained or chosen on, as `seen`; none without `training.start`."""
+        """The scans that the weights which training started from were trained or chosen on, as `seen`; none without `training.start`.
+        InputError where that has been lost."""
+        if not self.earlier_csv.exists() and self.recipe().training.start:
+            raise InputError(f"{self.earlier_csv} is missing: what the weights of training.start had seen is not known; train again in another folder")
         return read_table(self.earlier_csv) if self.earlier_csv.exists() else pd.DataFrame(columns=["case", "site", "digest"])
 
     def point(self) -> dict:
