@@ -51,6 +51,14 @@ def test_the_eager_network_gives_our_logits_and_gradients():
         assert float((ours[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-9, name
 
 
+@pytest.mark.parametrize("change", ["adapter.method=adalora", "adapter.method=salt", "adapter.method=ssam", "encoder.bits=4"])
+def test_adapters_that_segment_anythings_encoder_cannot_hold_are_merged(change):
+    network, image = measures.full_network(preset("smoke", change)).eval(), torch.randn(2, 1, 64, 64)
+    eager = baselines.eager_network(network, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(image)[0], eager(image)[0], atol=1e-3, rtol=0)
+
+
 def test_slice_by_slice_gives_the_engines_probabilities(case):
     part = measures.slab(case, 3)
     network = measures.full_network(preset("smoke", "operating.views=8"))

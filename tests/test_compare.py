@@ -137,6 +137,7 @@ def test_the_front_holds_what_no_leaner_system_beats():
     assert compare.pareto(table).tolist() == [True, True, False, True]
     labels = {text.get_text() for text in compared.pareto_figure(table).axes[0].texts}
     assert labels == set("abcd")
+    assert compared.pareto_figure(table[:0]).axes  # a job of several, before any system is finished
 
 
 def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):

@@ -10,6 +10,7 @@ from wmhlib.losses import total_loss
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.pretext import LABELS, Pretext, draw_parts
+from wmhlib.processes import StepStatistics
 from wmhlib.sections import Adapter
 from wmhlib.sections import Pretext as Weights
 
@@ -87,3 +88,13 @@ def test_a_base_learns_everything_at_once(labels):
     assert network.encoder.blocks[0].attn.qkv.weight.grad.abs().max() > 0
     for name in ("tissue", "prompts"):
         assert history[-1][name] < 0.7 * history[0][name], name
+
+
+def test_what_is_learnt_alone_moves_no_statistics_of_the_rest():
+    network = WMHNet(preset("smoke", "adapter.method=none pretext.alone=true pretext.prompts=1 pretext.mlp=16"))
+    before = {name: value.clone() for name, value in network.named_buffers() if "running" in name}
+    statistics = StepStatistics(network.train())
+    statistics.begin()
+    network(torch.randn(2, 1, 64, 64))
+    statistics.end(1)
+    assert before and all(torch.equal(value, before[name]) for name, value in network.named_buffers() if name in before)

@@ -1,6 +1,8 @@
 """The networks of volumes: sizes, shapes, gradients, and their state spaces against a plain recurrence."""
 
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from wmhlib.losses import total_loss
 from wmhlib.network import build_network
 from wmhlib.presets import preset
 from wmhlib.sections import NETWORKS, Loss, Volume
+from wmhlib.volumetric import statespace
 from wmhlib.volumetric.memory import Attention, MemoryAttention, position_code
 from wmhlib.volumetric.networks import build
 from wmhlib.volumetric.statespace import OverTokens, VisionMamba
@@ -130,6 +133,19 @@ def test_gradients_of_state_spaces_are_those_of_the_recurrence():
     (x.double() + recurrence(block.first, y) + recurrence(block.last, y.flip(1)).flip(1)).square().sum().backward()
     for name, p in block.named_parameters():
         assert torch.allclose(found[name], p.grad, atol=1e-4 * float(p.grad.abs().max())), name
+
+
+def test_kernels_of_cuda_are_not_asked_for_tensors_elsewhere():
+    plain = torch.neg
+
+    @functools.wraps(plain)
+    def kernel(x):
+        raise RuntimeError("expected a CUDA tensor")
+
+    kernel.__wrapped__ = plain
+    assert statespace._by_device(kernel)(torch.ones(1)) == -1
+    with pytest.raises(RuntimeError, match="CUDA"):
+        statespace._by_device(kernel)(SimpleNamespace(is_cuda=True))
 
 
 def test_every_token_reaches_every_other_through_a_state_space():

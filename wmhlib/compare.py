@@ -200,4 +200,4 @@ def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
 
 def pareto(table: pd.DataFrame) -> pd.Series:
     """Whether no system with as few or fewer trained parameters has a higher Dice."""
-    return pd.Series([not ((table.trainable <= row.trainable) & (table.dsc > row.dsc)).any() for row in table.itertuples()], table.index)
+    return pd.Series([not ((table.trainable <= row.trainable) & (table.dsc > row.dsc)).any() for row in table.itertuples()], table.index, dtype=bool)

@@ -99,6 +99,13 @@ class WMHNet(TrainedNet):
         self.encoder = adapt(encoder, recipe.adapter, recipe.seed)
         self.checkpoint_gradients(recipe.training.gradient_checkpointing)
 
+    def train(self, mode: bool = True) -> WMHNet:
+        """As of any module; parts that stay as they are (`pretext.alone`) keep their statistics too."""
+        super().train(mode)
+        for part in filter(None, (self.channel_adapter, self.decoder, self.skip) if self.recipe.pretext.alone else ()):
+            part.eval()
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.decode(self.features(x), x)
 

@@ -81,7 +81,7 @@ class StepStatistics:
     running = (1 - momentum) running + momentum mean. `begin`, the forward passes, `sums` (to be summed over processes), `end`."""
 
     def __init__(self, network: nn.Module):
-        self.norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad]
         self.momenta = [m.momentum for m in self.norms]
         for norm in self.norms:
             norm.momentum = None  # a cumulative average, from a count of 0

@@ -50,15 +50,17 @@ def _resized(state: dict[str, Tensor], px: int) -> dict[str, Tensor]:
 
 
 def eager_network(network: WMHNet, px: int) -> WMHNet:
-    """A copy of `network` (fp32, adapters not merged) with segment_anything's encoder in place of ours, peft's own adapters and
-    plain memory layout: the same weights by the same names, for slices of `px` pixels."""
+    """A copy of `network` (fp32, adapters not merged but those that are not peft's or not of its plain kind) with segment_anything's encoder in
+    place of ours, peft's own adapters and plain memory layout: the same weights by the same names, for slices of `px` pixels."""
     recipe, encoder = network.recipe, network.encoder
+    merged = recipe.encoder.bits == 4 or recipe.adapter.method in ("adalora", "salt", "ssam")  # which SAM's encoder cannot hold
+    state = (network.for_inference("no").encoder if merged else encoder).state_dict()
     network.encoder = None
     eager = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     network.encoder = encoder
     sam = sam_encoder(recipe.encoder, build_encoder(recipe.encoder, recipe.seed).state_dict(), px)
-    eager.encoder = peft.get_peft_model(sam, encoder.peft_config["default"]) if isinstance(encoder, peft.PeftModel) else sam
-    eager.encoder.load_state_dict(_resized(encoder.state_dict(), px))
+    eager.encoder = peft.get_peft_model(sam, encoder.peft_config["default"]) if isinstance(encoder, peft.PeftModel) and not merged else sam
+    eager.encoder.load_state_dict(_resized(state, px))
     return eager.train(network.training)
 
 

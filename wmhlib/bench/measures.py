@@ -142,8 +142,9 @@ def roofline_table(recipe: Recipe, repetitions: int) -> pd.DataFrame:
 
 
 def trained_network(run: RunFolder, plan: Plan) -> tuple[WMHNet, str]:
-    """The network of whole volumes and what to call it: that of `run`, or random weights where it has none or the plan is a quick one."""
-    if run.best.exists() and not plan.quick:
+    """The network of whole volumes and what to call it: that of `run`, or random weights where it has none for slices of scans or the plan is a quick
+    one."""
+    if run.best.exists() and not plan.quick and not (run.recipe().volume.network or run.recipe().inputs.images):
         network = load_network(run.best, run.recipe().encoder.checkpoint)[0]
         return network, f"{network.recipe.name} network, trained"
     return full_network(plan.small), f"{plan.small.name} network, random weights"

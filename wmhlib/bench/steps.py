@@ -156,7 +156,7 @@ def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda")
-    measured = machine(8192, device=device)
+    measured = machine(8192 if hardware.device_memory(device)[1] > 12e9 else 4096, device=device)
     precision = native_precision(recipe.training.precision, device)
     limit = hardware.SHARE * hardware.device_memory(device)[1]
     sizes = [n for n in (4, 16, 64) if hardware.expected_peak(replace(recipe, training=replace(recipe.training, batch_size=n)), device) <= limit]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import Mamba2Config
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 _HEADS = 8  # with the widths of `networks` every stride is a multiple of 8, as the CUDA kernels want it
 _STATE = 16  # numbers that a channel's state holds
 _CHUNK = 64  # tokens that are multiplied as one matrix
 _STEPS = (1e-3, 1e-1)  # range of the first time steps (Gu & Dao 2023, section 3.6)
+_KERNELS = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan")  # functions that transformers replaces by those of CUDA
 
 
 class VisionMamba(nn.Module):
@@ -54,6 +59,22 @@ def _spread_steps(mixer: Mamba2Mixer) -> None:
     steps = torch.exp(low + (high - low) * torch.rand(_HEADS))
     mixer.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
+
+def _by_device(function: Callable) -> Callable:
+    """`function` for CUDA and elsewhere the one of torch that it stands for: transformers chooses once, by what is installed, and memory is estimated on
+    the CPU's tensors."""
+    plain = inspect.unwrap(function)
+
+    @functools.wraps(function)
+    def chosen(*args, **kwargs):
+        return (function if next(iter((*args, *kwargs.values()))).is_cuda else plain)(*args, **kwargs)
+
+    return chosen
+
+
+for _name in _KERNELS:
+    if hasattr(modeling_mamba2, _name):  # older versions choose by device themselves
+        setattr(modeling_mamba2, _name, _by_device(getattr(modeling_mamba2, _name)))
 
 if not torch.cuda.device_count():  # that kernels for CUDA are missing is nothing to warn of
     for _name in ("transformers.integrations.hub_kernels", "transformers.models.mamba2.modeling_mamba2"):
