@@ -72,8 +72,10 @@ def test_an_adapter_is_shipped_with_its_recipe_and_operating_point(base, tmp_pat
     write_atomic(run.recipe_json, recipe.to_json())
     write_atomic(run.best, weights_bytes(network, {"recipe": recipe.to_json(), "base_sha256": network.base_sha256, "split": "x"}))
     write_atomic(run.operating_point, '{"threshold": 0.5, "min_voxels": 2, "tta": true}')
-    cases = pd.DataFrame([{"case": "a", "site": "s", "flair": str(run.path / "data" / "f.nii.gz"), "t1": "", "mask": "", "ventricles": ""}])
+    cases = pd.DataFrame([{"case": "a", "site": "s", "flair": str(run.path / "data" / "f.nii.gz"), "t1": "", "mask": "", "ventricles": "",
+                           "subject": "a", "group": "", "origin": "synthetic", "lesion_ml": 1.0, "digest": "d", "shape": "4 x 4 x 4"}])
     write_table(cases, run.cohort_csv)
+    write_table(cases[["case", "site", "digest"]].assign(case="before"), run.earlier_csv)
     write_table(cases[["case"]].assign(split="test"), run.split_csv)
     write_table(cases[["case"]], run.history_csv)
     for name in ("training_curves", "search_heatmap"):
@@ -86,7 +88,7 @@ def test_an_adapter_is_shipped_with_its_recipe_and_operating_point(base, tmp_pat
     there = RunFolder(shipped.export_adapter(run, tmp_path / "shipped"))
     again, split = load_network(there.best)
     assert there.recipe() == recipe and there.point() == run.point() and split == "x"
-    assert there.cases().flair.tolist() == ["data/f.nii.gz"] and there.cases().split.tolist() == ["test"]
+    assert there.cases().flair.tolist() == [""] and there.cases().split.tolist() == ["test"] and there.seen().case.tolist() == ["before"]
     for name, value in network.trained_state().items():
         torch.testing.assert_close(again.trained_state()[name], value, atol=1e-3, rtol=1e-3)
 

