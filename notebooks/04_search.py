@@ -80,7 +80,7 @@ write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 
 # %%
 data, n = cohort.describe(read_table(run.cohort_csv), recipe.inputs), len(validation)
-report.show(figures.search_heatmap(table, point, vars(recipe.operating)), run, "search_heatmap", data, n)
+report.show(figures.search_heatmap(table, point, recipe.operating.point), run, "search_heatmap", data, n)
 
 # %% [markdown]
 # The choice beside the recipe's own point, on the same validation cases.

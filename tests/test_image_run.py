@@ -70,7 +70,7 @@ def test_the_report_on_images_speaks_of_pixels(image_run, capsys):
     data, own = story.data, results.own
     assert data == "synthetic images"
     shown = {"cohort": figures.cohort_figure(cohort.examples(run.cases())), "split": figures.split_figure(read_table(run.split_csv)),
-             "search_heatmap": figures.search_heatmap(read_table(run.search_csv), engine.point, vars(recipe.operating)),
+             "search_heatmap": figures.search_heatmap(read_table(run.search_csv), engine.point, recipe.operating.point),
              "sites": charts.site_figure(results.systems), "bland_altman": charts.bland_altman_figure(own.reference_ml, own.result_ml, own.site),
              "strata": charts.strata_figure(results.metrics, results.lesions, results.zones), "predictions": figures.predictions_figure(results.gallery),
              "calibration": charts.calibration_figure(results.calibration)}

@@ -93,7 +93,8 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
 def _differing(state: dict, origin: dict[str, str], settings: Distillation) -> list[str]:
     """What of `origin` is another in a checkpoint; settings that came later had their defaults. KeyError for a file that is not ours."""
     there = {name: state[name] for name in _STATE}["origin"]
-    return [name for name in origin if (merge(Distillation(settings.teacher, settings.student), json.loads(there[name])) != settings if name == "settings" else there[name] != origin[name])]
+    known = merge(Distillation(settings.teacher, settings.student), json.loads(there["settings"]))
+    return [name for name in origin if (known != settings if name == "settings" else there[name] != origin[name])]
 
 
 def student_bytes(student: nn.Module, teacher: Teacher, origin: dict[str, str]) -> bytes:

@@ -145,7 +145,8 @@ def _bids(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[
         if len(named) == 1 and not any(_suffix(path) == SUFFIXES[contrast] for path in own):  # masks of the only session, which they do not name
             sessions[named[0]] += sessions.pop((dataset, subject, session))
     several = any(len(found) > 1 for found in datasets.values())
-    sites = {dataset: _sites(dataset, labelled) for dataset in {dataset for dataset, _, _ in sessions}}
+    keys = (*_APART, "space") if contrast == "t1" else _APART
+    sites = {dataset: _sites(dataset, labelled) for dataset in dict.fromkeys(dataset for dataset, _, _ in sessions)}
     rows = []
     for (dataset, subject, session), own in sessions.items():
         prefix = f"{clean(dataset.name)}_" if several else ""
@@ -153,7 +154,6 @@ def _bids(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[
         scans = [path for path in own if _suffix(path) == SUFFIXES[contrast] and "derivatives" not in path.relative_to(root).parts
                  and not (contrast == "t1" and path in on_flair)]
         for flair in scans:
-            keys = (*_APART, "space") if contrast == "t1" else _APART
             beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
             t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             t1 = t1 if contrast == "flair" else []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import WMHError
 
-GRACE_S = 60.0  # longer than the main process delivers after an error
+_GRACE_S = 60.0  # longer than the main process delivers after an error
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def main_speaks_first(main: bool) -> Iterator[None]:
         yield
     except WMHError:
         if not main:
-            time.sleep(GRACE_S)
+            time.sleep(_GRACE_S)
         raise
 
 
