@@ -92,6 +92,15 @@ def test_a_brain_that_was_z_scored_alone_is_normalised_as_it_was_before(head):
     assert (found.images[0][plain.volume.data == 0] == found.images[0].min()).all()
 
 
+@pytest.mark.parametrize("rescale", [
+    lambda data: 2 * data / data.max() - 1, lambda data: np.clip(2 * data / np.percentile(data, 99) - 1, -1, 1), lambda data: (data - data.mean()) / data.std(),
+    lambda data: (data - 110) / 12, lambda data: data - 1000], ids=["-1 to 1", "clipped", "z-scored", "z-scored by the brain", "all below 0"])
+def test_a_head_rescaled_around_0_is_the_same_head(head, rescale):
+    plain, found = load_case(head()), load_case(head(name="rescaled.nii.gz", change=rescale))
+    assert np.array_equal(plain.inner, found.inner) and (plain.grid.columns, plain.grid.rows) == (found.grid.columns, found.grid.rows)
+    np.testing.assert_allclose(found.images[0][plain.inner], plain.images[0][plain.inner], atol=0.02)
+
+
 def test_ringing_around_a_resampled_head_moves_nothing(head):
     def ringing(data):
         return np.where(data > 8, data, np.where(np.random.default_rng(0).random(data.shape) < 0.2, -15, 0))

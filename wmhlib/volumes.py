@@ -25,6 +25,7 @@ from .sections import Inputs
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
 _DARKER = 0.25  # of the way from air to bright tissue: by so much some tissue is darker where air lies amid the brain's values (a resampling rings less)
+_RINGING = 0.1  # of the brightest tissue: no further below air at 0 does a resampling reach, and a scan that was rescaled around 0 does
 _TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
@@ -63,7 +64,7 @@ def load_case(flair: str | Path, t1: str | Path | None = None, mask: str | Path 
     head, inner = _head(replace(volume, data=grey))
     images = np.zeros((len(inputs.modalities), *volume.data.shape), np.float32)
     images[0] = normalise(grey, inner, flair)
-    if t1 and "t1" in inputs.modalities[1:]:
+    if t1 and inputs.t1_beside:
         second = load_volume(t1)
         check_grid(t1, second.image, volume)
         images[inputs.modalities.index("t1")] = normalise(_with_dark_air(second.data), inner, t1)
@@ -138,7 +139,9 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     (data,), spacing = reorient(volume.affine, "LPS", volume.data)
     step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
     coarse = ndimage.uniform_filter(data, step)[tuple(slice(min(s, n) // 2, None, s) for s, n in zip(step, data.shape))]
-    air, bright = max(0.0, float(coarse.min())), float(np.percentile(coarse, 99))
+    air, bright = float(coarse.min()), float(np.percentile(coarse, 99))
+    if -_RINGING * bright < air < 0:
+        air = 0.0
     for share in _TISSUE:
         parts, count = ndimage.label(coarse > air + share * (bright - air))
         if count == 0:
