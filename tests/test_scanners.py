@@ -49,6 +49,8 @@ def test_slices_are_thick_and_thin_and_some_heads_are_stripped():
     steps = [nib.affines.voxel_sizes(case.affine)[2] for case in made]
     assert min(steps) < 4 < 5 < max(steps) <= 8.5
     assert 0 < sum(scanners.SOFT_LABEL in case.tissue for case in made) < len(made)
+    flat = [nib.affines.voxel_sizes(phantom.make_case("flair2d", seed, COARSE).affine)[2] for seed in range(4)]
+    assert np.median(flat) > 4
 
 
 def test_a_cohort_carries_its_tissues_into_the_labels_of_its_slices(tmp_path):
