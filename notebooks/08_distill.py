@@ -46,6 +46,9 @@ out_dir: str = ""  # folder for everything this notebook makes; empty: runs/dist
 teacher: str = ""  # the teacher's weights: a file of SAM's format (SAM, MedSAM, a base); empty: the preset's own
 teacher_kind: str = ""  # its encoder: vit_h, vit_l, sam_vit_b (SAM's), vit_b (MedSAM's), vit_t or small; empty: the preset's own
 student_kind: str = ""  # the student's encoder: one of these, or tiny; empty: the preset's own
+student_px: int = 0  # side of the student's input in pixels; 0: that of the teacher's
+alpha: float = 0.5  # weight of the feature loss, 0 to 1; the mask loss has the rest
+feature: str = "mse"  # feature loss: mse or huber
 overrides: str = ""  # settings of phase 2 to change, the way notebook 01 shows
 large: int = 0  # 1: the claims at 1024 px too, where ViT-H takes a minute a pass on a CPU
 
@@ -67,8 +70,8 @@ from wmhlib.workspace import RunFolder
 out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
-job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed)
-cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv))
+job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed, student_px=student_px, alpha=alpha, feature=feature)
+cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 pd.DataFrame({"teacher": vars(job.teacher), "student": vars(job.student)})
 
 # %% [markdown]

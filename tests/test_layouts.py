@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from trees import bids, challenge, table
 
-from wmhlib import cohort, layouts
+from wmhlib import cohort, naming
 from wmhlib.errors import InputError
 from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.sections import Inputs
@@ -165,10 +165,11 @@ def test_sites_that_cannot_be_read_stop_no_prediction(touch, capsys):
         cohort.find_cases(folder)
 
 
-def test_two_bids_datasets_with_the_same_numbers_are_different_people(touch):
+def test_two_bids_datasets_with_the_same_numbers_are_different_people(touch, capsys):
     cases = cohort.find_cases(touch(*bids("1", dataset="Lyon/"), *bids("1", dataset="Graz/"), *bids("2", dataset="Graz/")))
     assert cases.case.tolist() == cases.subject.tolist() == ["Graz_sub-1", "Graz_sub-2", "Lyon_sub-1"]
     assert cases.site.tolist() == ["Graz", "Graz", "Lyon"]
+    assert "1 subject labels occur in several datasets, each taken for another person (sub-1)" in capsys.readouterr().out
 
 
 def test_linked_folders_are_followed_once_and_hidden_ones_not_at_all(touch):
@@ -288,4 +289,4 @@ def test_a_bad_row_in_a_table_of_scans_leaves_the_others(touch, capsys):
 
 
 def test_only_the_ending_is_cut_from_a_name():
-    assert [layouts.stem(f"/x/{name}") for name in ("a.nii_b.nii.gz", "a.nii", "a.b")] == ["a.nii_b", "a", "a.b"]
+    assert [naming.stem(f"/x/{name}") for name in ("a.nii_b.nii.gz", "a.nii", "a.b")] == ["a.nii_b", "a", "a.b"]

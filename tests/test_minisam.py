@@ -54,8 +54,9 @@ def test_every_preset_of_the_distillation_has_a_plan_and_a_recipe():
 
 
 def test_teacher_and_student_can_be_chosen_by_name():
-    chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7)
+    chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7, alpha=1.0, feature="huber", student_px=256)
     assert (chosen.teacher.dim, chosen.teacher.checkpoint, chosen.student.dim, chosen.inputs.img_size, chosen.seed) == (1024, str(Path("sam.pth").absolute()), 192, 512, 7)
+    assert (chosen.alpha, chosen.feature, chosen.student_px) == (1.0, "huber", 256)
     assert teacher.choose("demo", Inputs()).teacher == PRESETS["demo"].teacher
     with pytest.raises(RecipeError, match="no 'vit_x': known are vit_h"):
         teacher.choose("demo", Inputs(), teacher_kind="vit_x")

@@ -108,11 +108,11 @@ def test_training_and_inference_are_the_same_function_in_each_precision(autocast
     assert set(types) == {torch.bfloat16 if autocast else torch.float32}
 
 
-def test_a_precision_is_computed_in_without_autocast_and_the_input_decides_what_comes_back():
-    layer = quantise(encoder(), "bf16").blocks[0].mlp.lin1
+def test_without_autocast_it_computes_in_fp32_and_the_input_decides_what_comes_back():
+    layer = quantise(encoder()).blocks[0].mlp.lin1
     x = torch.randn(5, 64)
-    expected = F.linear(x.bfloat16(), layer.dense(torch.bfloat16), layer.bias.bfloat16())
-    assert torch.equal(layer(x), expected.float()) and torch.equal(layer(x.double()), expected.double())
+    expected = F.linear(x, layer.dense(torch.float32), layer.bias)
+    assert torch.equal(layer(x), expected) and torch.equal(layer(x.double()), expected.double())
     assert layer.bias.dtype == torch.float32
     assert torch.equal(layer(x[0]), layer(x[:1])[0])
 

@@ -70,7 +70,8 @@ def test_a_figure_is_kept_and_shown_with_its_caption(tmp_path, monkeypatch):
     figure = figures.training_curves(pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "lr": [0.1, 0.1]}))
     report.show(figure, RunFolder(tmp_path), "training_curves", "synthetic cases", 3)
     assert (tmp_path / "figures" / "training_curves.png").stat().st_size > 1000
-    report.tell(pd.DataFrame(), "results", "real scans", 4)
+    report.tell(pd.DataFrame(), "zones", "real scans", 4)
+    report.tell(pd.DataFrame({"n": [4]}), "results", "real scans", 4)
     assert shown[0] is figure and "3 synthetic cases" in shown[1].data and "4 real scans" in shown[3].data
 
 

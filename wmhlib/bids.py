@@ -18,7 +18,7 @@ import pandas as pd
 from . import __version__
 from .errors import InputError
 from .files import write_atomic
-from .layouts import stem
+from .naming import stem
 from .sections import Inputs
 
 TABLE, INDEX = "wmh_volumes.csv", "index.html"  # of all scans, at the top

@@ -1,5 +1,9 @@
 """The errors users meet. Each message names the file or setting, what was found, what was expected and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class WMHError(Exception):
     """Base of every error this library raises on purpose."""
@@ -19,3 +23,15 @@ class CheckpointError(WMHError, ValueError):
 
 class MissingStepError(WMHError, FileNotFoundError):
     """A file that an earlier notebook writes is not there."""
+
+
+def some(names: Iterable) -> str:
+    """The first five of `names`, each once, and how many more there are, as messages list them."""
+    names = list(dict.fromkeys(map(str, names)))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def listed(problems: list[str]) -> str:
+    """The first ten problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {line}" for line in problems[:10] + more)

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from . import layouts
-from .errors import InputError
+from .errors import InputError, listed
+from .naming import candidate, clean
 from .tables import table_rows
 
 TABLE = "data_split.csv"  # a folder that holds a table of this name is a set of images
@@ -64,10 +64,10 @@ def candidates(place: str | Path) -> list[dict]:
         wrong += [f"it is also in line {first[stem]}"] if stem in first else []
         problems += [f"line {line}, image {name!r}: {', '.join(wrong)}"] if wrong else []
         first.setdefault(stem, line)
-        case = layouts.clean(stem)
-        rows.append(layouts.candidate(case, case, place.name, group=_GROUPS.get(part.lower(), ""), flair=found, mask=mask))
+        case = clean(stem)
+        rows.append(candidate(case, case, place.name, group=_GROUPS.get(part.lower(), ""), flair=found, mask=mask))
     if problems or not rows:
-        raise InputError(f"{table} " + (f"has {len(problems)} wrong rows:{layouts.listed(problems)}" if rows else "names no image"))
+        raise InputError(f"{table} " + (f"has {len(problems)} wrong rows:{listed(problems)}" if rows else "names no image"))
     return rows
 
 

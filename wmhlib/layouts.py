@@ -8,18 +8,16 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from .errors import InputError
+from . import bidslayout
+from .errors import InputError, listed
+from .naming import ROLES, candidate, clean, stem
 from .tables import table_rows
 
 TABLE = "cases.csv"  # a folder that holds a table of this name is read through it
-SUFFIXES = {"flair": "FLAIR", "t1": "T1w"}  # in BIDS, of the contrasts that are segmented
-_SUFFIXES = (".nii", ".nii.gz", ".NII", ".NII.GZ", ".nii.GZ")  # that nibabel reads
-_APART = ("acq", "ce", "rec", "run")  # entities by which the scans of a session differ
+_ENDINGS = (".nii", ".nii.gz", ".NII", ".NII.GZ", ".nii.GZ")  # that nibabel reads
 _NO_DATA = ("sourcedata", "code")  # folders of a BIDS dataset that hold no scan of it
 _GROUPS = {"": "", "train": "training", "training": "training", "test": "test"}
 _CHALLENGE = {"FLAIR": "flair", "T1": "t1", "wmh": "mask", "ventricles": "ventricles"}
-_LESIONS = ("wmh", "wml", "lesion", "lesions", "l")  # BIDS label entities, lower case
-_VENTRICLES = ("ventricle", "ventricles", "csfventricles", "ventriclescsf")
 _NO_SCAN = {"t1", "t1w", "mask", "brainmask", "seg", "dseg", "label", "prob", "probseg", "wmh", "wml", "lesion", "lesions",
             "ventricle", "ventricles", "spread"}
 _T1W = re.compile("t1(w|weighted|mprage|mpr|gd|c|ce)?")  # no map of T1
@@ -45,13 +43,13 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
         place = place / TABLE
     if place.is_dir():
         files = _files(place)
-        found, plain = _challenge(files, place, contrast) + _bids(files, place, contrast, labelled), _plain(files, place, contrast)
+        found, plain = _challenge(files, place, contrast) + bidslayout.find(files, place, contrast, labelled), _plain(files, place, contrast)
         if found and not labelled:
             _tell_left_out(found, plain, place)
         return found or plain
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
         return _table(place, labelled, contrast)
-    if place.is_file() and place.name.endswith(_SUFFIXES):
+    if place.is_file() and place.name.endswith(_ENDINGS):
         return [candidate(clean(stem(place)), clean(stem(place)), place.parent.name, flair=[place])]
     raise InputError(f"{place} is not a folder, a CSV table or a NIfTI file: give the one that holds the cases")
 
@@ -65,23 +63,6 @@ def _tell_left_out(found: list[dict], plain: list[dict], place: Path) -> None:
         print(f"left out {len(others)} scans of {place}, whose others are named as in BIDS or the challenge; give them by themselves:{listed(others)}", flush=True)
 
 
-def stem(path: str | Path) -> str:
-    """The name of a NIfTI file without folder and ending."""
-    return re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
-
-
-def listed(problems: list[str]) -> str:
-    """The first ten problems, a line each, and how many more there are."""
-    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-    return "".join(f"\n  {line}" for line in problems[:10] + more)
-
-
-def candidate(case: str, subject: str, site: str, session: str = "", group: str = "", **files: list[Path]) -> dict:
-    """One scan as `candidates` gives it."""
-    return dict(case=case, subject=subject, session=session, site=clean(site), group=group,
-                **{role: files.get(role, []) for role in _CHALLENGE.values()})
-
-
 def _files(folder: Path) -> list[Path]:
     """NIfTI files below `folder`; linked folders are followed, each once."""
     found, seen = [], set()
@@ -92,7 +73,7 @@ def _files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_DATA)
-        found += [Path(root, name) for name in sorted(names) if name.endswith(_SUFFIXES) and not name.startswith(".")]
+        found += [Path(root, name) for name in sorted(names) if name.endswith(_ENDINGS) and not name.startswith(".")]
     return found
 
 
@@ -131,100 +112,6 @@ def _challenge(files: list[Path], root: Path, contrast: str) -> list[dict]:
     return rows
 
 
-def _bids(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[dict]:
-    sessions, datasets = defaultdict(list), defaultdict(set)
-    for path in files:
-        entities = _entities(path)
-        if path.name.startswith("sub-"):
-            sessions[_dataset(path, root), entities["sub"], entities.get("ses", "")].append(path)
-            if _suffix(path) == SUFFIXES[contrast]:
-                datasets[entities["sub"]].add(_dataset(path, root))
-    for dataset, subject, session in [place for place in sessions if not place[2]]:
-        named = [place for place in sessions if place[:2] == (dataset, subject) and place[2]]
-        own = sessions[dataset, subject, session]
-        if len(named) == 1 and not any(_suffix(path) == SUFFIXES[contrast] for path in own):  # masks of the only session, which they do not name
-            sessions[named[0]] += sessions.pop((dataset, subject, session))
-    several = any(len(found) > 1 for found in datasets.values())
-    keys = (*_APART, "space") if contrast == "t1" else _APART
-    sites = {dataset: _sites(dataset, labelled) for dataset in dict.fromkeys(dataset for dataset, _, _ in sessions)}
-    rows = []
-    for (dataset, subject, session), own in sessions.items():
-        prefix = f"{clean(dataset.name)}_" if several else ""
-        on_flair = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
-        scans = [path for path in own if _suffix(path) == SUFFIXES[contrast] and "derivatives" not in path.relative_to(root).parts
-                 and not (contrast == "t1" and path in on_flair)]
-        for flair in scans:
-            beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
-            t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
-            t1 = t1 if contrast == "flair" else []
-            space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
-            case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, dataset.name)
-            rows.append(candidate(
-                case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
-                mask=_chosen([path for path in beside if _shows_lesions(path)], space),
-                ventricles=_chosen([path for path in beside if _entities(path).get("label", "").lower() in _VENTRICLES], space)))
-    return rows
-
-
-def _dataset(path: Path, root: Path) -> Path:
-    """The dataset of a BIDS file, raw or derived: the folder that holds its `sub-*`, `rawdata` or `derivatives` folder."""
-    parts = path.relative_to(root).parts[:-1]
-    ends = [i for i, part in enumerate(parts) if part.startswith("sub-") or part in ("derivatives", "rawdata")]
-    return root.joinpath(*parts[: ends[0]] if ends else parts)
-
-
-def _sites(dataset: Path, labelled: bool) -> dict[str, str]:
-    """Site by subject (without `sub-`) from participants.tsv, where it has a column for that. One that cannot be read is an InputError of
-    `labelled` cases, which are split by site; of others it is named."""
-    for path in (dataset / "participants.tsv", dataset / "rawdata" / "participants.tsv"):
-        if path.is_file():
-            try:
-                rows, columns = table_rows(path, "\t")
-            except InputError as error:
-                if labelled:
-                    raise
-                print(f"no sites: {error}", flush=True)
-                return {}
-            column = next((name for name in ("site", "site_id", "scanner") if name in columns), "")
-            return {row["participant_id"].removeprefix("sub-"): row[column] for _, row in rows
-                    if column and row.get("participant_id") and clean(row[column]) and row[column] != "n/a"}
-    return {}
-
-
-def _agree(path: Path, flair: Path, keys: tuple = _APART) -> bool:
-    """Whether two files of a session may belong together: an entity that only one of them has does not part them."""
-    one, other = _entities(path), _entities(flair)
-    return all(one.get(key, other.get(key)) == other.get(key, one.get(key)) for key in keys)
-
-
-def _same(path: Path, scan: Path) -> bool:
-    """Whether two files of a session name the same entities, which leaves no other scan to belong to."""
-    one, other = _entities(path), _entities(scan)
-    return all(one.get(key) == other.get(key) for key in _APART)
-
-
-def _shows_lesions(path: Path) -> bool:
-    """Labelled so, or a mask described so or not at all; a segmentation without label is one of tissues."""
-    label, desc = (_entities(path).get(key, "").lower() for key in ("label", "desc"))
-    return label in _LESIONS or not label and _suffix(path) == "mask" and bool(re.search("^$|lesion|wmh", desc))
-
-
-def _chosen(masks: list[Path], space: str | None) -> list[Path]:
-    """Of the masks of one thing: those with label or description before bare ones (which may be of the brain); in one
-    pipeline labelled ones before others, `_mask` before `_dseg`, those of the scan's `space` before others."""
-    masks = [path for path in masks if _suffix(path) in ("mask", "dseg")]
-    masks = [path for path in masks if {"label", "desc"} & set(_entities(path))] or masks
-    if len({_pipeline(path) for path in masks}) > 1:
-        return masks
-    found = {path: _entities(path) for path in masks}
-    rank = {path: ("label" not in has, _suffix(path) == "dseg", has.get("space") != space, "space" in has) for path, has in found.items()}
-    return [path for path in masks if rank[path] == min(rank.values())]
-
-
-def _pipeline(path: Path) -> Path:
-    return next((folder.parent for folder in path.parents if folder.name.startswith("sub-")), path.parent)
-
-
 def _plain(files: list[Path], root: Path, contrast: str) -> list[dict]:
     rows, others = [], _NO_SCAN if contrast == "flair" else _NO_SCAN - {"t1", "t1w"}
     for path in files:
@@ -247,7 +134,7 @@ def _table(path: Path, labelled: bool, contrast: str) -> list[dict]:
                          f"{'ventricles, group, ' if labelled else 'site, '}t1, session where there are any)")
     rows, problems, first = [], [], {}
     for line, cells in lines:
-        files = {role: _place(path.parent, cells[role]) for role in _CHALLENGE.values()
+        files = {role: _place(path.parent, cells[role]) for role in ROLES
                  if cells.get(role) and (labelled or role in ("flair", "t1"))}
         subject, session, group = cells["subject"], cells.get("session", "").removeprefix("ses-"), cells.get("group", "")
         site = cells.get("site", "")
@@ -284,16 +171,3 @@ def _place(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL in it
         return folder / clean(name)[:100]
     return path
-
-
-def _entities(path: Path) -> dict[str, str]:
-    return dict(part.split("-", 1) for part in stem(path).split("_") if "-" in part)
-
-
-def _suffix(path: Path) -> str:
-    return stem(path).rsplit("_", 1)[-1]
-
-
-def clean(name: str) -> str:
-    """`name` as a case may be called: letters, digits, _ and -."""
-    return re.sub(r"[^\w-]+", "_", name).strip("_")

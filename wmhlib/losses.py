@@ -63,6 +63,8 @@ def total_loss(fused: Tensor, scales: list[Tensor], labels: Tensor, settings: Lo
         parts["tversky"] = settings.tversky * tversky_loss(fused, target, valid, settings.tversky_beta)
     parts["scales"], pool = fused.new_zeros(()), F.max_pool2d if labels.dim() == 4 else F.max_pool3d
     for weight, logits in zip(settings.scale_weights, scales):
+        if not weight:
+            continue
         factor = labels.shape[-1] // logits.shape[-1]
         small = pool(target, factor) if factor > 1 else target
         known = torch.maximum(small, 1 - pool(1 - valid, factor)) if factor > 1 else valid

@@ -24,8 +24,8 @@ from .settings import Recipe
 _LEAN = Adapter(rank_attention=24, rank_mlp=12)
 
 _SMALL = Inputs(img_size=208, fov=208.0)
-_MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=13, random=True)
-_SHIPPED = replace(_MINI, checkpoint=SHIPPED, random=False)
+MINI = Encoder(dim=160, depth=6, heads=5, global_blocks=(2, 5), window=7, grid=13, random=True)
+_SHIPPED = replace(MINI, checkpoint=SHIPPED, random=False)
 _UPRIGHT = Augment(flips_ap=False, rotate90=False, bias_field=0.2)
 _FLIPS = Augment(rotation=0.0, scale=0.0, flips_ap=False, rotate90=False, gamma=0.0, noise=0.0, brightness=0.0, contrast=0.0)
 _WIDE = replace(_UPRIGHT, scale=0.15, gamma=0.4, bias_field=0.3, contrast=0.3, brightness=0.3)  # for scanners of all kinds
@@ -55,7 +55,7 @@ PRESETS = {
                                       checkpoint_epochs=1, train_negatives=0.2, precision="bf16", ema=0.998),
                     split=Split(val=0.1, test=0.1), operating=Operating(views=10, prefer="sensitive"), cohort=Cohort(synthetic_cases=320, scanners="flair")),
     # The small base: all of it trained on heads of every contrast, with their tissues and prompts. Hours on two cores.
-    "base": Recipe(name="base", inputs=_SMALL, encoder=_MINI, adapter=Adapter(method="full"),
+    "base": Recipe(name="base", inputs=_SMALL, encoder=MINI, adapter=Adapter(method="full"),
                    pretext=Pretext(tissue=0.3, prompts=0.3),
                    augment=_WIDE,
                    training=Training(epochs=8, batch_size=8, accumulation=2, lr=2e-3, lr_min=1e-5, weight_decay=0.05, warmup_epochs=1, restart_epochs=7,

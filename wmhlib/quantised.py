@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from . import adapters
 from .errors import RecipeError
 from .medsam import ImageEncoder, linear_places
-from .network import dtype_of
 from .threads import one_thread
 
 try:
@@ -72,9 +71,9 @@ class _Product(torch.autograd.Function):
                 gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted[1] else None, None)
 
 
-def quantise(encoder: ImageEncoder, precision: str = "no") -> ImageEncoder:
-    """`encoder` itself, frozen, with qkv, proj, lin1 and lin2 of every block in NF4; `precision` ("no", "bf16", "fp16") is what
-    these compute in without autocast. Patches, positions, norms and neck stay as they are.
+def quantise(encoder: ImageEncoder) -> ImageEncoder:
+    """`encoder` itself, frozen, with qkv, proj, lin1 and lin2 of every block in NF4, which compute in fp32 where no autocast
+    says otherwise. Patches, positions, norms and neck stay as they are.
 
     Quantised on the CPU, by one thread: the same weights give the same bits, wherever the encoder lies. They cannot be loaded from
     a state dict: keep the base and quantise it again. peft puts adapters on it (`is_loaded_in_4bit`); its own merge would round
@@ -82,15 +81,15 @@ def quantise(encoder: ImageEncoder, precision: str = "no") -> ImageEncoder:
     """
     with one_thread():  # the mean of the scales is a sum
         for _, parent, name in linear_places(encoder):
-            setattr(parent, name, _quantised(getattr(parent, name), precision))
+            setattr(parent, name, _quantised(getattr(parent, name)))
     encoder.is_loaded_in_4bit = True
     return encoder.requires_grad_(False)
 
 
-def _quantised(layer: nn.Linear, precision: str) -> Linear4bit:
+def _quantised(layer: nn.Linear) -> Linear4bit:
     weight, count = layer.weight.data, layer.weight.numel()
     with torch.device("meta"):
-        small = Linear4bit(layer.in_features, layer.out_features, compute_dtype=dtype_of(precision), quant_type="nf4")
+        small = Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4")
     small.bias, small.training, small.hollow = layer.bias, layer.training, weight.is_meta
     if small.hollow:
         small.weight = bitsandbytes.nn.Params4bit(weight.new_empty(math.ceil(count * _BITS / 8), 1, dtype=torch.uint8), quant_type="nf4")

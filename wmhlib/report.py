@@ -109,11 +109,11 @@ def zone_table(zones: pd.DataFrame, lesions: pd.DataFrame, seed: int = 42) -> pd
 
 
 def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
-    """Displays `table` with its caption, in the words of `data`."""
+    """Displays `table` with its caption, in the words of `data`; nothing where it has no row, as the zones where no case has a ventricle mask."""
+    if table.empty:
+        return
     word = words(data)
     if word is not str:
-        if table.empty:  # the zones around ventricles, where there are none
-            return
         named = table.index if table.index.name == "case" else table.index.map(word)
         table = table.set_axis(named.rename(word(table.index.name or "")), axis=0).rename(columns=word)
     captioned(table, caption(name, data, n))

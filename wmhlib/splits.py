@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pandas as pd
 
-from .errors import InputError, RecipeError
+from .errors import InputError, RecipeError, some
 from .files import read_table
 from .settings import Recipe
 from .workspace import RunFolder, stable_seed
@@ -32,7 +32,7 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     _need(cohort, _COLUMNS, "the cohort", "run notebook 01 again")
     unknown = cohort.loc[cohort["lesion_ml"].isna(), "case"]
     if len(unknown):
-        raise InputError(f"the cohort has no lesion volume for {_some(unknown)}: run notebook 01 again")
+        raise InputError(f"the cohort has no lesion volume for {some(unknown)}: run notebook 01 again")
     how, units = recipe.split, _subjects(cohort)
     if how.protocol == "given":
         part = _given(cohort)
@@ -46,29 +46,26 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     return check_split(cohort[_COLUMNS].assign(split=cohort["subject"].map(part)).reset_index(drop=True), cohort)
 
 
-def check_split(split: pd.DataFrame, cohort: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`split` itself, if no subject and no case of it is on two sides and every `split` is "train", "val" or "test".
-
-    With the `cohort` it was made of (case, subject and, if there, the files flair and mask): also if its cases are the cohort's,
-    under the same subjects, and no file serves two sides. Raises InputError naming the cases.
-    """
+def check_split(split: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
+    """`split` itself, if no subject and no case of it is on two sides, every `split` is "train", "val" or "test", its cases are those of the `cohort` it
+    was made of (case, subject and, if there, the files flair and mask), under the same subjects, and no file serves two sides. Raises InputError
+    naming the cases."""
     _need(split, [*_COLUMNS, "split"], "the split", "run notebook 02 again")
     wrong = split[~split["split"].isin(PARTS)]
     if len(wrong):
-        raise InputError(f"the split puts {_some(wrong['case'])} into {_some(wrong['split'])}: expected train, val or test")
+        raise InputError(f"the split puts {some(wrong['case'])} into {some(wrong['split'])}: expected train, val or test")
     twice = split.loc[split["case"].duplicated(), "case"]
     if len(twice):
-        raise InputError(f"the split names {_some(twice)} more than once: keep one row for each case")
+        raise InputError(f"the split names {some(twice)} more than once: keep one row for each case")
     _one_side(split, "subject")
-    if cohort is not None:
-        _need(cohort, ["case", "subject"], "the cohort", "run notebook 01 again")
-        strange = split.loc[split["case"].map(dict(zip(cohort["case"], cohort["subject"]))) != split["subject"], "case"]
-        if len(strange):
-            raise InputError(f"the split and the cohort differ in {_some(strange)}: expected cases of the cohort under their own "
-                             "subjects; run notebook 02 again")
-        for role in [name for name in ("flair", "mask") if name in cohort]:
-            files = {case: os.path.realpath(path) for case, path in zip(cohort["case"], cohort[role]) if path}
-            _one_side(split.assign(**{role: split["case"].map(files)}), role)
+    _need(cohort, ["case", "subject"], "the cohort", "run notebook 01 again")
+    strange = split.loc[split["case"].map(dict(zip(cohort["case"], cohort["subject"]))) != split["subject"], "case"]
+    if len(strange):
+        raise InputError(f"the split and the cohort differ in {some(strange)}: expected cases of the cohort under their own "
+                         "subjects; run notebook 02 again")
+    for role in [name for name in ("flair", "mask") if name in cohort]:
+        files = {case: os.path.realpath(path) for case, path in zip(cohort["case"], cohort[role]) if path}
+        _one_side(split.assign(**{role: split["case"].map(files)}), role)
     return split
 
 
@@ -77,7 +74,7 @@ def tell_unused(run: RunFolder) -> None:
     cohort, split = read_table(run.cohort_csv), read_table(run.split_csv)
     unused = cohort.loc[~cohort["case"].isin(split["case"]), "case"]
     if len(unused):
-        print(f"{len(unused)} cases of the cohort are in no part of the split ({_some(unused)}): run notebook 02 again to use them", flush=True)
+        print(f"{len(unused)} cases of the cohort are in no part of the split ({some(unused)}): run notebook 02 again to use them", flush=True)
 
 
 def split_table(split: pd.DataFrame) -> pd.DataFrame:
@@ -136,7 +133,7 @@ def _challenge(cohort: pd.DataFrame) -> set:
                              "the folder that holds training/ and test/ (or a table with a column group), or set another split.protocol")
     none = cohort.loc[~groups.isin(("training", "test")), "case"]
     if len(none):
-        raise InputError(f"the challenge's protocol needs the group of every case, and {_some(none)} have none: expected training "
+        raise InputError(f"the challenge's protocol needs the group of every case, and {some(none)} have none: expected training "
                          "or test")
     _one_side(cohort.assign(split=groups), "subject")
     return set(cohort.loc[groups == "test", "subject"])
@@ -146,7 +143,7 @@ def _given(cohort: pd.DataFrame) -> pd.Series:
     """The part of each subject as the data bring it."""
     parts = cohort.get("group", pd.Series("", index=cohort.index)).map({"training": "train", "val": "val", "test": "test"})
     if parts.isna().any() or set(parts) != set(PARTS):
-        raise InputError(f"the data bring no split of their own into training, val and test (found: {_some(parts.dropna()) or 'none'}; {parts.isna().sum()} cases "
+        raise InputError(f"the data bring no split of their own into training, val and test (found: {some(parts.dropna()) or 'none'}; {parts.isna().sum()} cases "
                          "without): give images with a data_split.csv that has all three, or set another split.protocol")
     _one_side(cohort.assign(split=parts), "subject")
     return parts.groupby(cohort["subject"]).first()
@@ -160,7 +157,7 @@ def _site(cohort: pd.DataFrame, name: str) -> set:
     held = set(cohort.loc[sites == name, "subject"])
     elsewhere = cohort.loc[(sites != name) & cohort["subject"].isin(held), "case"]
     if len(elsewhere):
-        raise InputError(f"site {name} cannot be left out alone: its subjects were also scanned elsewhere ({_some(elsewhere)}). "
+        raise InputError(f"site {name} cannot be left out alone: its subjects were also scanned elsewhere ({some(elsewhere)}). "
                          "Leave those cases out, or give persons who only share a number names of their own")
     return held
 
@@ -186,7 +183,7 @@ def _one_side(rows: pd.DataFrame, column: str) -> None:
     found = rows[rows[column].isin(sides.index[sides > 1])]
     if len(found):
         named = [f"{case} ({part})" for case, part in zip(found["case"], found["split"])]
-        raise InputError(f"{column} {found[column].iloc[0]} is on two sides of the split: {_some(named)}. Put all its cases into "
+        raise InputError(f"{column} {found[column].iloc[0]} is on two sides of the split: {some(named)}. Put all its cases into "
                          "one part")
 
 
@@ -196,9 +193,4 @@ def _need(table: pd.DataFrame, columns: list[str], what: str, then: str) -> None
         raise InputError(f"{what} has no column {', '.join(missing)}: expected {', '.join(columns)}; {then}")
     empty = table.loc[table["subject"].isin(("", None)) | table["subject"].isna(), "case"]
     if len(empty):
-        raise InputError(f"{what} has no subject for {_some(empty)}: expected who was scanned")
-
-
-def _some(names) -> str:
-    names = list(dict.fromkeys(map(str, names)))
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise InputError(f"{what} has no subject for {some(empty)}: expected who was scanned")

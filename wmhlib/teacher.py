@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError, RecipeError
 from .medsam import build_encoder, load_checkpoint, weights_sha256
 from .network import base_channel_adapter
+from .presets import MINI
 from .promptable import Promptable, promptable_of, three_channels
 from .sections import SHIPPED, Encoder, Inputs, Training, require
 
@@ -22,7 +23,7 @@ ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
     "vit_b": Encoder(random=True),  # MedSAM's
     "sam_vit_b": Encoder(random=True, pixels="sam"),
     "vit_t": Encoder(192, 12, 3, (2, 5, 8, 11), random=True),
-    "small": Encoder(160, 6, 5, (2, 5), 7, 13, random=True),
+    "small": MINI,
     "tiny": Encoder(96, 3, 3, (2,), 7, 13, random=True),
 }
 
@@ -67,10 +68,10 @@ PRESETS = {
 }
 
 
-def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42) -> Distillation:
+def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42, **changes) -> Distillation:
     """The distillation called `preset` on slices as `inputs` has them; where given, with the file `teacher` as teacher, whose encoder is
     `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), which sees what its teacher sees.
-    Raises RecipeError for a name that is not known."""
+    `changes`: other fields of it. Raises RecipeError for a name that is not known, and an impossible value."""
     for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
@@ -79,7 +80,7 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
     if teacher:
         path = teacher if teacher == SHIPPED else str(Path(teacher).expanduser().absolute())
         encoder = replace(encoder, checkpoint=path, random=False)
-    return replace(settings, teacher=encoder, student=replace(student, pixels=encoder.pixels), inputs=inputs, seed=seed)
+    return replace(settings, teacher=encoder, student=replace(student, pixels=encoder.pixels), inputs=inputs, seed=seed, **changes)
 
 
 class Teacher(nn.Module):
@@ -103,7 +104,7 @@ class Teacher(nn.Module):
             self.others = self.promptable.state_dict()
         if not self.promptable and settings.alpha < 1:
             raise CheckpointError(f"checkpoint {path} holds no prompt encoder and mask decoder, which the mask loss needs: "
-                                  "give one of SAM's format, or set alpha to 1")
+                                  "give one of SAM's format, or set alpha to 1 (notebook 08)")
         self.channel_adapter = base_channel_adapter(self.others, settings.inputs.channels, path)
         self.embeds_sha256 = _digest(weights_sha256(encoder), self.channel_adapter.state_dict() if self.channel_adapter else {})
         self.sha256 = _digest(self.embeds_sha256, self.others)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from statistics import median
@@ -21,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import hardware
-from ..errors import WMHError
 from ..medsam import build_encoder
 from ..network import native_precision
 from ..quantised import quantise, weight_bytes
@@ -30,7 +28,7 @@ from ..settings import Recipe
 from ..teacher import ENCODERS
 from . import roofline
 from .roofline import encoder_flops, network_flops
-from .table import alternate, each_alone
+from .table import alternate, each_alone, measured_apart
 
 TARGETS = {  # of each claim: column, limit, whether more is better; how a table's head says it
     "at least 90 % of the teacher's Dice": ("dice_ratio", 0.9, True, "Dice 90 %"),
@@ -91,11 +89,7 @@ def gflop(encoder: Encoder, px: int) -> float:
 def inference_memory(subjects: list[Subject]) -> list[dict[str, float]]:
     """Of each, MB of a fresh process: `libraries_mb` before the encoder is built, `loaded_mb` with it, `peak_mb` the most while a
     pass runs (all of the process; on a GPU its tensors alone)."""
-    words = json.dumps([torch.get_num_threads(), [dataclasses.asdict(subject) for subject in subjects]])
-    done = subprocess.run([sys.executable, "-m", "wmhlib.bench.claims", words], capture_output=True, text=True)
-    if done.returncode:
-        raise WMHError(f"the process that measures memory at inference ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_apart("wmhlib.bench.claims", [dataclasses.asdict(subject) for subject in subjects])
 
 
 def latencies(subjects: list[Subject], built: dict[tuple[str, str], nn.Module], repetitions: int, device: torch.device) -> dict[Subject, float]:
@@ -233,11 +227,6 @@ def _measure(given: dict) -> dict[str, float]:
     return {"libraries_mb": 1e-6 * libraries, "loaded_mb": 1e-6 * loaded, "peak_mb": 1e-6 * hardware.measured_peak(device)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    threads, subjects = json.loads((arguments or sys.argv[1:])[0])
-    print(json.dumps(each_alone(_measure, subjects, threads)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    threads, subjects = json.load(sys.stdin)
+    print(json.dumps(each_alone(_measure, subjects, threads)))

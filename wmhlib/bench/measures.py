@@ -129,6 +129,11 @@ def encoder_rows(recipe: Recipe, size: int, repetitions: int) -> list[dict]:
     return rows
 
 
+def _segments_slices(run: RunFolder) -> bool:
+    """Whether `run` has weights, of a network for slices of scans."""
+    return run.best.exists() and not (run.recipe().volume.network or run.recipe().inputs.images)
+
+
 def roofline_table(recipe: Recipe, repetitions: int) -> pd.DataFrame:
     """`roofline.points` of the merged network on one slice, ours in each precision and with segment_anything's encoder."""
     px, network = recipe.inputs.img_size, full_network(recipe)
@@ -144,7 +149,7 @@ def roofline_table(recipe: Recipe, repetitions: int) -> pd.DataFrame:
 def trained_network(run: RunFolder, plan: Plan) -> tuple[WMHNet, str]:
     """The network of whole volumes and what to call it: that of `run`, or random weights where it has none for slices of scans or the plan is a quick
     one."""
-    if run.best.exists() and not plan.quick and not (run.recipe().volume.network or run.recipe().inputs.images):
+    if not plan.quick and _segments_slices(run):
         network = load_network(run.best, run.recipe().encoder.checkpoint)[0]
         return network, f"{network.recipe.name} network, trained"
     return full_network(plan.small), f"{plan.small.name} network, random weights"
@@ -251,10 +256,10 @@ def around(case: Case, folder: str | Path) -> pd.DataFrame:
 
 def predict_row(run: RunFolder) -> dict:
     """One challenge-sized scan through `wmhlib.suite predict` in a process of its own, from starting Python to files written,
-    against 15 seconds. Without weights in `run` the row says that it was left out."""
+    against 15 seconds. Without weights for slices of scans in `run` the row says that it was left out."""
     what, limit = "one scan, start to files", 15.0
-    if not run.best.exists():
-        return row(what, [limit], [np.nan], note=f"left out: no trained weights in {run.path}; make demo trains some")
+    if not _segments_slices(run):
+        return row(what, [limit], [np.nan], note=f"left out: no weights for slices of scans in {run.path}; make demo trains some")
     with tempfile.TemporaryDirectory() as folder:
         flair = write_cohort(Path(folder, "data"), 1, 0, progress=False).flair[0]
         command = [sys.executable, "-m", "wmhlib.suite", "predict", "--run", str(run.path), "--flair", flair, "--out", f"{folder}/out"]

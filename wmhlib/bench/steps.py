@@ -1,16 +1,9 @@
-"""The training step of notebook 10_benchmark: its time against the straightforward one, its memory in a process of its own,
-and what a GPU makes of it.
-
-    python -m wmhlib.bench.steps ours --preset colab --overrides encoder.random=true
-
-prints the memory of a step ("ours" or "eager") as JSON.
-"""
+"""The training step of notebook 10_benchmark: its time against the straightforward one, its memory in a process of its own (this module's
+`__main__`), and what a GPU makes of it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +17,6 @@ from torch import Tensor
 
 from .. import hardware
 from ..batches import augment, drop_modalities, stack_slices
-from ..errors import WMHError
 from ..losses import total_loss
 from ..network import WMHNet, autocast, native_precision
 from ..presets import preset
@@ -34,7 +26,7 @@ from ..slicestore import CaseSlices
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
-from .table import alternate, each_alone, row
+from .table import alternate, each_alone, measured_apart, row
 
 _SLICES = 1400  # that an epoch of the challenge's training cases draws: about 42 cases of 33 slices
 
@@ -127,11 +119,7 @@ def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
 def step_memories(recipes: Sequence[Recipe], who: str) -> list[dict[str, float]]:
     """Of each, MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
     its peak (`step_mb`), measured in a fresh process that has loaded the libraries and nothing else."""
-    command = [sys.executable, "-m", "wmhlib.bench.steps", who, "--threads", str(torch.get_num_threads()), "--recipes"]
-    done = subprocess.run(command, input=json.dumps([recipe.to_json() for recipe in recipes]), capture_output=True, text=True)
-    if done.returncode:
-        raise WMHError(f"the process that measures the memory of a step ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_apart("wmhlib.bench.steps", who, [recipe.to_json() for recipe in recipes])
 
 
 def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torch.device, repetitions: int = 5) -> pd.DataFrame:
@@ -163,24 +151,6 @@ def gpu_rates(recipe: Recipe) -> tuple[pd.DataFrame, dict] | None:
     return step_rates(recipe, sizes or [1], measured["fp32" if precision == "no" else precision], device), measured
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wmhlib.bench.steps", description="Prints the memory of a training step.")
-    parser.add_argument("who", choices=("ours", "eager"))
-    parser.add_argument("--preset", default="colab")
-    parser.add_argument("--overrides", default="encoder.random=true")
-    parser.add_argument("--recipes", action="store_true", help="take them from stdin in place of a preset, a list of recipes as JSON; print a list")
-    parser.add_argument("--threads", type=int, default=0)
-    given = parser.parse_args(arguments)
-    threads = given.threads or torch.get_num_threads()
-    if given.recipes:  # this process has the libraries and nothing else: it can be forked
-        found = each_alone(partial(_measure, who=given.who), [Recipe.from_json(text) for text in json.load(sys.stdin)], threads)
-    else:
-        torch.set_num_threads(threads)
-        found = _measure(preset(given.preset, given.overrides), given.who)
-    print(json.dumps(found))
-    return 0
-
-
 def _measure(recipe: Recipe, who: str) -> dict[str, float]:
     """`step_memories` of one recipe, in this process."""
     Step(preset("smoke"), who).run()  # what the first step of all sets up
@@ -192,4 +162,5 @@ def _measure(recipe: Recipe, who: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    threads, who, recipes = json.load(sys.stdin)
+    print(json.dumps(each_alone(partial(_measure, who=who), [Recipe.from_json(text) for text in recipes], threads)))

@@ -7,7 +7,9 @@ prints it as Markdown.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+
+from ..errors import WMHError
 
 Times = dict[str, list[float]]
 
@@ -47,6 +51,16 @@ def each_alone(work: Callable[[Any], Any], given: Iterable[Any], threads: int) -
         with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
             found.append(pool.submit(work, one).result())
     return found
+
+
+def measured_apart(module: str, *given: Any) -> list:
+    """What `python -m module` prints in a fresh process that has loaded the libraries and nothing else: JSON of [threads, *given] goes in, a list in
+    JSON comes back. WMHError where it fails."""
+    words = json.dumps([torch.get_num_threads(), *given])
+    done = subprocess.run([sys.executable, "-m", module], input=words, capture_output=True, text=True)
+    if done.returncode:
+        raise WMHError(f"the process of {module} that measures memory ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def row(what: str, baseline: list[float], ours: list[float], target: float = np.nan, error: float = np.nan, error_target: float = np.nan,
