@@ -59,7 +59,6 @@ overrides: str = ""  # settings to change, the way the text above shows
 
 # %%
 from wmhlib import cohort, download, figures, presets, report
-from wmhlib.files import write_table
 from wmhlib.workspace import RunFolder
 
 recipe = presets.preset(preset, f"seed={seed} {overrides}")
@@ -79,7 +78,7 @@ print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_d
 
 # %%
 checks = cohort.check_cases(cases, recipe.inputs, recipe.volume)
-write_table(cases.merge(checks, on=["case", "site"]), run.cohort_csv)
+run.write_cases(cases.merge(checks, on=["case", "site"]))
 checks.drop(columns="digest").round({"lesion_ml": 2})
 
 # %% [markdown]

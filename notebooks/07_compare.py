@@ -67,7 +67,7 @@ drawn = compare.numbers(seeds, "seeds") or plan.seeds
 each = f"{plan.each} {overrides}"
 named = compare.systems(methods.split() or plan.methods, compare.numbers(ranks, "ranks") or plan.ranks)
 changed = compare.ablations(recipe.with_overrides(each), run.cases(), plan.ablations)
-data = cohort.describe(read_table(run.cohort_csv))
+data = cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 print(f"{len(named)} methods and {len(changed)} changes x {len(drawn)} seeds on {(run.cases().split == 'train').sum()} {data}")
 
 # %% [markdown]
@@ -105,7 +105,7 @@ compared.show(compared.pareto_figure(table), out, "pareto", compared.caption("pa
 # Paired tests over the test cases.
 
 # %%
-tests = report.paired_table(compare.over_seeds(of_methods), baseline=compare.reference(of_methods))
+tests = report.paired_table(compare.over_seeds(of_methods), recipe.seed, baseline=compare.reference(of_methods))
 write_table(tests.reset_index(), out / "tests.csv")
 compared.tell(tests, compared.caption("tests", data, table))
 
@@ -123,7 +123,7 @@ compared.tell(compared.shown(table, data), compared.caption("ablations", data, t
 # Paired tests of the recipe against each change.
 
 # %%
-tests = report.paired_table(compare.over_seeds(of_changes), baseline=compare.reference(of_changes))
+tests = report.paired_table(compare.over_seeds(of_changes), recipe.seed, baseline=compare.reference(of_changes))
 write_table(tests.reset_index(), out / "ablation_tests.csv")
 compared.tell(tests, compared.caption("tests", data, table))
 

@@ -37,7 +37,7 @@ def test_a_check_describes_the_scan_and_measures_label_1_alone(tiny_nifti):
     row = cohort.check_cases(case_on_disk(tiny_nifti, lesion=range(100, 110), other=range(200, 203))).iloc[0]
     assert row.lesion_ml == pytest.approx(10 * 2 * 1 * 3 / 1000)
     assert (row["shape"], row.spacing, row.orientation) == ("24 x 28 x 10", "2.00 x 1.00 x 3.00", "LAS")
-    assert row.labels == "0: 6707, 1: 10, 2: 3" and row.warnings.startswith("no T1; 3 voxels of other pathology, ignored")
+    assert row.labels == "0: 6707, 1: 10, 2: 3" and row.warnings.startswith("3 voxels of other pathology, ignored")
 
 
 def test_an_empty_mask_is_legal(tiny_nifti):
@@ -82,8 +82,10 @@ def test_a_t1_on_another_grid_is_a_warning_and_an_error_where_t1_is_an_input(tin
     tiny_nifti("Utrecht/1/pre/T1.nii.gz", shape=(20, 20, 10))
     cases = case_on_disk(tiny_nifti)
     assert "T1 lies on another grid" in cohort.check_cases(cases).warnings[0]
+    both = Inputs(modalities=("flair", "t1"))
     with pytest.raises(InputError, match="T1.nii.gz has shape"):
-        cohort.check_cases(cases, Inputs(modalities=("flair", "t1")))
+        cohort.check_cases(cases, both)
+    assert cohort.check_cases(cases.assign(t1=""), both).warnings[0].startswith("no T1")
 
 
 @pytest.mark.parametrize(("scan", "warning"), [
@@ -100,6 +102,16 @@ def test_an_orientation_that_is_missing_or_told_twice_is_a_warning(sform, qform,
     header.set_sform(np.eye(4), sform)
     header.set_qform(np.diag([-1.0, 1, 1, 1]), qform)
     assert [found in note for note in cohort._header_notes(header)] == [True] * bool(found)
+
+
+def test_an_affine_that_stretches_the_voxels_is_a_warning(tiny_nifti):
+    cases = case_on_disk(tiny_nifti)
+    for path in (cases.flair[0], cases["mask"][0]):
+        image = nibabel.load(path)
+        image.set_qform(image.affine)
+        image.set_sform(image.affine @ np.diag([1.2, 1.2, 1.1, 1]), 4)
+        nibabel.save(image, path)
+    assert "2 x 1 x 3 mm in its header, of 2.4 x 1.2 x 3.3 mm by its affine" in cohort.check_cases(cases).warnings[0]
 
 
 def test_a_head_in_full_has_no_warning(tiny_nifti):

@@ -12,6 +12,7 @@ from wmhlib import bids, derivatives, scanpages
 from wmhlib.cohort import find_cases
 from wmhlib.errors import InputError
 from wmhlib.files import write_atomic
+from wmhlib.sections import Inputs
 from wmhlib.uncertainty import entropy
 
 OVERLAY = scanpages.overlay
@@ -244,6 +245,17 @@ def test_the_figure_shows_lesions_probability_and_entropy(scan, tmp_path):
 def test_an_argument_that_names_no_scan_is_refused(flair, message):
     with pytest.raises(InputError, match=message):
         derivatives.find(flair, t1="t1.nii.gz")
+
+
+def test_a_scan_of_another_contrast_is_refused_and_a_t1_of_no_use_is_named(capsys):
+    with pytest.raises(InputError, match="look at FLAIR, and .*sub-1_T1w.nii.gz is named _T1w"):
+        derivatives.find("sub-1_T1w.nii.gz sub-2_FLAIR.nii.gz")
+    with pytest.raises(InputError, match="look at T1w scans, and .*sub-2_FLAIR.nii is named _FLAIR"):
+        derivatives.find("sub-2_FLAIR.nii", inputs=Inputs(modalities=("t1",)))
+    derivatives.find("sub-2_FLAIR.nii", "T1.nii", Inputs(modalities=("flair", "t1")))
+    assert not capsys.readouterr().out
+    derivatives.find("sub-2_FLAIR.nii", "T1.nii")
+    assert "T1.nii is not used" in capsys.readouterr().out
 
 
 def test_a_bids_folder_is_predicted_and_its_derivatives_are_no_reference(scan, tiny_nifti, tmp_path):

@@ -20,7 +20,7 @@ COUNTS = dict(trainable=10, total=40, share_percent=25.0, trainable_mb_fp32=0.1)
 @pytest.fixture
 def run(tmp_path):
     run = RunFolder(tmp_path / "run").open(preset("smoke"))
-    cases = pd.DataFrame({"case": list("abcd"), "site": ["Utrecht", "Utrecht", "Utrecht", "GE3T"], "flair": "f", "t1": "", "mask": "m", "origin": "real",
+    cases = pd.DataFrame({"case": list("abcd"), "subject": list("abcd"), "site": ["Utrecht", "Utrecht", "Utrecht", "GE3T"], "flair": "f", "t1": "", "mask": "m", "origin": "real",
                           "lesion_ml": [1.0, 2, 3, 40]})
     write_table(cases, run.cohort_csv)
     write_table(cases.assign(split=["train", "train", "val", "test"])[["case", "site", "lesion_ml", "split"]], run.split_csv)
@@ -47,6 +47,14 @@ def test_the_paragraph_follows_the_recipe(run):
     assert "weights of the suite's small base" in shipped and "MedSAM" not in shipped
     assert "fed by a convolutional branch" not in other and "fed by a convolutional branch" in story.paragraph()
     assert "/secret" not in other
+
+
+def test_limits_tell_of_people_with_several_scans_and_of_labels_that_trained_too(run):
+    story = methods.Story.of(run, run, COUNTS)
+    assert "people" not in story.limits()
+    several = pd.concat([story.evaluated] * 3).assign(case=list("xyz"), subject=["p", "p", "a"])
+    assert "The 3 cases are of 2 people" in dataclasses.replace(story, evaluated=several).limits()
+    assert "1 of the people have the label of one who trained or chose (a)" in dataclasses.replace(story, evaluated=several, external=True).limits()
 
 
 def test_what_the_first_weights_had_seen_is_told(run):

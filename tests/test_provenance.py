@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 from predicting import Engine, run, sidecar
 
-from wmhlib import derivatives, scanpages
+from wmhlib import derivatives, provenance, scanpages
 
 pytestmark = pytest.mark.usefixtures("quick_figure")
 
@@ -24,6 +24,14 @@ def test_other_weights_or_another_point_make_it_again(scan, tmp_path, other):
     before = sidecar(out)["MadeWith"]
     run(other, flair, out)
     assert other.seen == ["sub-01_FLAIR.nii.gz"] and sidecar(out)["MadeWith"] != before
+
+
+def test_what_other_code_made_is_made_again(scan, tmp_path, monkeypatch):
+    flair, out, engine = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out", Engine()
+    for code, times in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(provenance, "source_sha256", lambda code=code: code)
+        run(engine, flair, out)
+        assert len(engine.seen) == times
 
 
 def test_a_changed_input_or_a_damaged_result_is_made_again(scan, tmp_path):

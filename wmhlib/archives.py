@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import InputError
-from .fetch import disk_error, length, need_space
-from .files import atomic
+from .fetch import length, need_space
+from .files import atomic, disk_error
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: an unknown compression
 

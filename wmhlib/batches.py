@@ -102,7 +102,7 @@ def change_greys(images: Tensor, settings: Augment, uniform: Callable[..., Tenso
 
 def drop_modalities(images: Tensor, inputs: Inputs, generator: torch.Generator) -> Tensor:
     """Blank T1 (all its channels 0, as where it is absent) in a share `modality_dropout` of the slices, or patches."""
-    if "t1" not in inputs.modalities:
+    if not inputs.t1_beside:
         return images
     keep = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator) >= inputs.modality_dropout
     first = inputs.channels // len(inputs.modalities)

@@ -13,16 +13,17 @@ import pandas as pd
 import torch
 
 from . import images, layouts, nifti, volumes
-from .errors import InputError
+from .errors import InputError, listed, some
+from .naming import natural
 from .sections import Inputs, Volume
 from .volumetric.boxes import box_labels, place_box
-from .workspace import natural
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
 _FILES = ("flair", "t1", "mask", "ventricles")
 _THICK_MM, _ANISOTROPY = 8.0, 6.0  # from here on a scan's slices count as thick, its voxels as long
 _EXTENT_MM = (80.0, 140.0, 140.0)  # a head's height, width and length are longer
 _MOST_ML = {"flair": 200.0, "t1": 500.0}  # of lesion, in the worst of cases: white matter, stroke
+_STRETCH = 0.02  # between voxels in pixdim and in the affine, before they count as different
 _SHARED = 0.1  # of the lesion that may lie in the ventricle mask, since borders are drawn twice
 
 
@@ -39,8 +40,7 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), _FILES, place, inputs)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
-        more = " ..." if len(unlabelled) > 3 else ""
-        print(f"left out {len(unlabelled)} scans without a mask: {', '.join(unlabelled[:3])}{more}", flush=True)
+        print(f"left out {len(unlabelled)} scans without a mask: {some(unlabelled)}", flush=True)
     cases = cases[cases["mask"] != ""].reset_index(drop=True)
     if cases.empty:
         beside = "_label-L_desc-T1lesion_mask beside each _T1w" if contrast == "t1" else "<site>/<id>/wmh.nii.gz with <site>/<id>/pre/FLAIR.nii.gz"
@@ -49,7 +49,7 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     sites = cases.groupby("subject")["site"].unique()
     shared = [f"{subject} ({', '.join(found)})" for subject, found in sites.items() if len(found) > 1]
     if shared:
-        print(f"{len(shared)} subjects have scans at several sites, each taken as one person: {', '.join(shared[:5])}", flush=True)
+        print(f"{len(shared)} subjects have scans at several sites, each taken as one person: {some(shared)}", flush=True)
     cases["origin"] = ["synthetic" if any((folder / SYNTHETIC_NOTE).exists() for folder in Path(flair).parents) else "real"
                        for flair in cases["flair"]]
     return cases[["case", "subject", "site", *_FILES, "group", "origin"]]
@@ -85,7 +85,7 @@ def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volum
         else:
             scans[found["digest"]] = row["case"]
     if problems:
-        raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:{layouts.listed(problems)}")
+        raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:{listed(problems)}")
     return pd.DataFrame(checked)
 
 
@@ -123,7 +123,7 @@ def _contrast(inputs: Inputs | None) -> str:
 def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, inputs: Inputs | None) -> pd.DataFrame:
     """The candidates as a table, one file for each role; raises InputError where that cannot be. Of several T1 that `inputs` do not ask for none is taken."""
     contrast = _contrast(inputs)
-    if "t1" not in (inputs or Inputs()).modalities[1:]:
+    if not (inputs or Inputs()).t1_beside:
         rows = [row | {"t1": row["t1"] * (len(row["t1"]) == 1)} for row in rows]
     if not rows and contrast == "t1":
         raise InputError(f"no T1w scans in {place}: expected BIDS (sub-*/ses-*/anat/*_T1w.nii.gz, in folders of sites or not), "
@@ -141,7 +141,7 @@ def _resolved(rows: list[dict], roles: tuple[str, ...], place: str | Path, input
                 others = same["flair" if column == "case" else "case"]
                 problems.append(f"duplicate {column} {name}: {' and '.join(others)}")
     if problems:
-        raise InputError(f"{place} leaves open which files belong together:{layouts.listed(problems)}\n"
+        raise InputError(f"{place} leaves open which files belong together:{listed(problems)}\n"
                          "Keep one of each, or list the cases in a table cases.csv")
     return table
 
@@ -167,7 +167,8 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) 
     if inputs.images:
         notes = [] if voxels.get(1) else ["nothing is marked"]
     else:
-        notes = [] if inputs.t1_alone else _t1_notes(row.get("t1", ""), flair)
+        _, misfit = _beside(row.get("t1", ""), flair)
+        notes = [f"T1 {misfit}: register it before training with it"] if misfit else ["no T1"] * (inputs.t1_beside and not row.get("t1"))
         notes += _mask_notes(case, voxels, lesion_ml, inputs, volume) + _ventricle_notes(row.get("ventricles", ""), case)
         notes += _geometry_notes(flair, axial=not inputs.t1_alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
@@ -193,11 +194,6 @@ def _beside(path: str, flair: nifti.Volume) -> tuple[nifti.Volume | None, str]:
     except InputError:
         return None, "lies on another grid than the scan"
     return other, ""
-
-
-def _t1_notes(t1: str, flair: nifti.Volume) -> list[str]:
-    _, misfit = _beside(t1, flair)
-    return [f"T1 {misfit}: register it before training with it"] if misfit else [] if t1 else ["no T1"]
 
 
 def _mask_notes(case: volumes.Case, voxels: dict[int, int], lesion_ml: float, inputs: Inputs, volume: Volume) -> list[str]:
@@ -241,6 +237,10 @@ def _geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
     if spacing.max() >= _THICK_MM or spacing.max() >= _ANISOTROPY * spacing.min():
         notes.append(f"slices {spacing.max():.1f} mm apart: small lesions fall between them")
     notes += _header_notes(flair.image.header)
+    told = flair.image.header.get_zooms()[:3]
+    if not np.allclose(told, spacing, rtol=_STRETCH):
+        named = (" x ".join(f"{mm:.3g}" for mm in voxel) for voxel in (told, spacing))
+        notes.append("voxels of {} mm in its header, of {} mm by its affine, which counts: is that one to a template?".format(*named))
     least = zip((2, 0, 1), ("high", "wide", "long"), _EXTENT_MM)
     short = [f"{extent[axis]:.0f} mm {name}" for axis, name, mm in least if extent[axis] < mm]
     return notes + ([f"covers {', '.join(short)}: less than a head"] if short else [])

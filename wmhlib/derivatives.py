@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -29,16 +28,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from . import bids, cohort, provenance, scanpages
-from .errors import InputError, WMHError
+from .errors import InputError, WMHError, some
 from .files import sha256, write_atomic, write_table
-from .layouts import stem
 from .metrics import chosen, lesion_table
+from .naming import natural, stem
 from .nifti import Volume, load_mask, load_volume, save_like
 from .processes import main_speaks_first
 from .sections import Inputs
 from .uncertainty import case_uncertainty, entropy
 from .volumes import load_case
-from .workspace import RunFolder, natural
+from .workspace import RunFolder, split_paths
 
 TABLE, INDEX = bids.TABLE, bids.INDEX
 COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
@@ -64,18 +63,23 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
     _need_scans(inputs)
     columns = ["case", "subject", "session", "site", "flair", "t1"]
     tables = [pd.DataFrame(columns=columns)]
-    for item in _paths(flair):
+    for item in [Path(name).expanduser() for name in flair] if isinstance(flair, (list, tuple)) else split_paths(flair):
         if item.is_dir() or item.suffix.lower() in (".csv", ".tsv"):
             tables.append(cohort.find_scans(item, inputs)[columns])
         else:
             tables.append(pd.DataFrame([[stem(item), "", "", "", str(item.absolute()), ""]], columns=columns))
-    scans = pd.concat(tables, ignore_index=True)
+    scans, other = pd.concat(tables, ignore_index=True), "_FLAIR" if inputs.t1_alone else "_T1w"
     if scans.empty:
         raise InputError(f"no scan is named: give a {'T1w' if inputs.t1_alone else 'FLAIR'} file, several, a folder or a CSV table")
+    wrong = [flair for flair in scans["flair"] if stem(flair).endswith(other)]
+    if wrong:
+        raise InputError(f"these weights look at {'T1w scans' if inputs.t1_alone else 'FLAIR'}, and {some(wrong)} is named {other}: name scans of that kind, or other weights (RUN=...)")
     if t1 and inputs.t1_alone:
         raise InputError(f"these weights look at T1w scans alone: name them in flair (FLAIR=... of make predict), and leave t1 ({t1}) empty")
     if t1 and len(scans) > 1:
         raise InputError(f"one T1 ({t1}) is given for {len(scans)} FLAIR: list them in a CSV table with subject, flair, t1")
+    if t1 and not inputs.t1_beside:
+        print(f"these weights look at FLAIR alone: {t1} is not used", flush=True)
     return scans.assign(t1=str(Path(t1).expanduser().absolute())) if t1 else scans
 
 
@@ -177,16 +181,6 @@ def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[d
         paths, scan = bids.beside(out / row["page"]), load_volume(out / row["flair"])
         maps = (np.asarray(nibabel.load(paths[key]).dataobj, np.float32) for key in ("probability", "entropy"))
         yield _shown(row, scan, load_mask(paths["mask"], scan) == 1, *maps)
-
-
-def _paths(flair: str | Path | list) -> list[Path]:
-    items = flair if isinstance(flair, (list, tuple)) else [flair]
-    if isinstance(flair, str) and not os.path.exists(os.path.expanduser(flair)):
-        try:
-            items = shlex.split(flair)
-        except ValueError as error:
-            raise InputError(f"{flair} cannot be split into paths ({error}): put a path with spaces in quotes") from None
-    return [Path(item).expanduser() for item in items if str(item)]
 
 
 def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: str) -> dict:

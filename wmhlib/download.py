@@ -13,7 +13,7 @@ from pathlib import Path
 from . import archives, fetch, medsam, phantom, vessels
 from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
-from .errors import InputError, RecipeError
+from .errors import InputError, RecipeError, some
 from .files import read_json, read_table, write_atomic, write_table
 from .settings import Recipe
 from .splits import split_cases
@@ -46,7 +46,7 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
     if not run.split_csv.exists():
         open_run(run, recipe)
         cases = find_cases(get_cohort(run), recipe.inputs)
-        write_table(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]), run.cohort_csv)
+        run.write_cases(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]))
         write_table(split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
     return run
 
@@ -63,8 +63,10 @@ def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
     cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
     seen = cases.case[cases.digest.isin(known.digest)]
     if len(seen):
-        raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({', '.join(seen[:5])} ...): "
+        raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): "
                          "evaluate on others")
+    for case in cases[cases.warnings != ""].itertuples():
+        print(f"{case.case}: {case.warnings}", flush=True)
     folder.open(recipe)
     write_table(cases, folder.cohort_csv)
     write_table(cases[["case", "subject", "site", "lesion_ml"]].assign(split="test"), folder.split_csv)
@@ -86,7 +88,7 @@ def get_cohort(run: RunFolder, source: str = "", folder: str = "") -> Path:
     if source not in ("folder", *known) or (source == "folder" and not folder):
         choice = f", or source to {' or '.join(map(repr, known))}" if known else ""
         raise RecipeError(f"source {source!r} with data_dir {folder!r} gives no data for preset {recipe.name!r}: set data_dir to your folder of cases{choice}")
-    t1 = "t1" in recipe.inputs.modalities
+    t1 = recipe.inputs.t1_beside
     if source == "synthetic":
         _synthetic(target, recipe)
     elif source == "kaggle":

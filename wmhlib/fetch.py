@@ -20,7 +20,7 @@ from tqdm import tqdm
 from urllib3.exceptions import NameResolutionError
 
 from .errors import InputError
-from .files import write_atomic
+from .files import disk_error, write_atomic
 
 TIMEOUT = 60  # seconds without a byte after which a connection counts as cut
 TRIES = 5  # failures without a new byte between them after which a retrieval gives up
@@ -161,12 +161,6 @@ def need_space(folder: str | Path, needed: int) -> None:
     if needed > free:
         raise InputError(f"{folder} needs {_size(needed)} and its disk has {_size(free)} free: free {_size(needed - free)}, or choose "
                          "a folder on another disk, then run this again")
-
-
-def disk_error(path: str | Path, error: OSError) -> InputError:
-    """What a user is told of a file that cannot be read or written."""
-    return InputError(f"{path} cannot be read or written ({error.strerror or type(error).__name__}): free space or name another folder, "
-                      "then run this again; it goes on where it stopped")
 
 
 def part(target: Path) -> Path:

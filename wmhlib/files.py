@@ -16,23 +16,32 @@ from .errors import InputError
 
 _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
-                 "page")
+                 "page", "digest", "labels")
+
+
+def disk_error(path: str | Path, error: OSError) -> InputError:
+    """What a user is told of a file that cannot be read or written."""
+    return InputError(f"{path} cannot be read or written ({error.strerror or type(error).__name__}): free space or name another folder, "
+                      "then run this again; it goes on where it stopped")
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, ending in its name (so `.nii.gz` stays); at the end the file written there
-    reaches the disk and takes the name `path`. After an error it is removed and `path` is as it was."""
+    reaches the disk and takes the name `path`. After an error it is removed and `path` is as it was; the disk's own errors become InputError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from .agreement import FEWEST_CASES, FEWEST_PAIRS, RESAMPLES
 from .cohort import describe
+from .errors import some
 from .evaluation import ZERO_SHOT
 from .files import read_table
 from .search import NEAR_BEST
@@ -120,7 +121,7 @@ class Story:
             f"{begun}AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, {drawn}{_changes(augment, whole)}"
-            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if 't1' in recipe.inputs.modalities[1:] else ''}. "
+            f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if recipe.inputs.t1_beside else ''}. "
             f"{story.inference(recipe) * whole}{kept}, whose Dice at 0.5 on {story.KEPT if whole else 'validation slices'} was best. "
             f"On the {point['n']} validation cases the operating point was taken from the centre of the plateau {NEAR_BEST} Dice"
             f"{_SENSITIVE * (recipe.operating.prefer == 'sensitive')}: probability at least {point['threshold']:g}, {_components(point)}, "
@@ -140,6 +141,12 @@ class Story:
         images = self.recipe.inputs.images
         few = "intervals are wide, and a test between systems finds large differences only" if n >= FEWEST_PAIRS else "too few to test one system against another"
         points = [f"{n} case{'s' * (n > 1)}: {few}."] * (n < 30)
+        people = self.evaluated.subject.nunique()
+        if people < n:
+            points.append(f"The {n} cases are of {people} people: scans of one person are alike, and intervals and tests, which take each case for one of its own, are too sure.")
+        alike = set(self.evaluated.subject) & set(self.trained_on.subject[self.trained_on.split != "test"])
+        if self.external and alike and self.data == "real scans":
+            points.append(f"{len(alike)} of the people have the label of one who trained or chose ({some(sorted(alike))}): where they are the same, these figures flatter.")
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
         elif "synthetic" in self.source:

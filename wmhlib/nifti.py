@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import images as pictures
 from .errors import InputError
-from .files import atomic
+from .files import atomic, disk_error
 
 MAX_VOXELS, _MAX_SLICES = 1 << 28, 2048
 _SHIFT_MM = 0.1  # between grids that count as one
@@ -66,7 +66,7 @@ def load_mask(path: str | Path, like: Volume) -> np.ndarray:
     check_grid(path, image, like)
     labels = np.rint(data)  # a scaled integer file holds 1 as 1.00002
     if not np.isin(labels, (0, 1, 2)).all() or np.abs(data - labels).max() > 0.01:
-        raise InputError(f"{path} holds the labels {_some(np.unique(data))}: expected only 0, 1 (lesion) and 2 (other pathology)")
+        raise InputError(f"{path} holds the labels {_some(np.unique(data))}: expected only 0, 1 (lesion) and 2 (other pathology); save it with these values")
     return labels.astype(np.uint8)
 
 
@@ -121,11 +121,11 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
             raise InputError(f"{path} has shape {shape}: expected one 3-D volume")
         if min(shape) < 1 or max(shape) > _MAX_SLICES or np.prod(shape, dtype=float) > MAX_VOXELS:
             raise InputError(f"{path} has shape {shape}: expected 1 to {MAX_VOXELS} voxels, {_MAX_SLICES} along an axis at most")
-        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
+        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * voxel_sizes(image.affine).prod():
             raise InputError(f"{path} has an affine that is not invertible: its voxels have no place in space")
         if not all(_MM[0] <= mm <= _MM[1] and n * mm <= _EXTENT_MM for n, mm in zip(shape, voxel_sizes(image.affine))):
             raise InputError(f"{path} has {shape} voxels of {' x '.join(f'{s:.3g}' for s in voxel_sizes(image.affine))} mm: expected a head, "
-                             f"in voxels of {_MM[0]:g} to {_MM[1]:g} mm")
+                             f"in voxels of {_MM[0]:g} to {_MM[1]:g} mm; one measured in metres wants its header mended")
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise InputError(f"{path} holds voxels of type {dtype}: expected numbers")
@@ -137,7 +137,11 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
         raise InputError(f"{path} is not a NIfTI file that can be read: {error}") from None
     except InputError:
         raise
+    except MemoryError:
+        raise InputError(f"{path} of shape {shape} does not fit into memory: free some, or resample it") from None
     except Exception as error:  # nibabel raises a dozen types for a damaged or hostile file
+        if isinstance(error, OSError) and error.errno:
+            raise disk_error(path, error) from None
         raise InputError(f"{path} is damaged or incomplete ({error or type(error).__name__}): copy or download it again") from None
     header = image.header if isinstance(image, nib.Nifti1Image) else None
     return nib.Nifti1Image(data, image.affine, header), data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -12,15 +14,24 @@ from .nifti import need_file
 POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an operating point, what results depend on
 
 
+@functools.cache
+def source_sha256() -> str:
+    """The sha256 of the library's own source, so that what other code has made is made anew."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def made_with(engine) -> dict:
-    """Version, weights, precision, canvas and operating point of an engine; results made with the same ones are the same."""
-    return {"version": __version__, "weights_sha256": engine.model.fingerprint(), "precision": engine.precision, "img_size": engine.img_size,
+    """Version and source of the library, weights, precision, canvas and operating point of an engine; results made with the same ones are the same."""
+    return {"version": __version__, "source_sha256": source_sha256(), "weights_sha256": engine.model.fingerprint(), "precision": engine.precision, "img_size": engine.img_size,
             "views": engine.recipe.operating.views, **{key: engine.point.get(key) for key in POINT}}
 
 
 def made_of(scan: dict, engine) -> dict:
     """The sha256 of a scan's files, a T1 beside it only where the network has an input for that. Raises InputError where one is missing."""
-    paths = {"flair": scan["flair"], "t1": scan.get("t1") if "t1" in engine.recipe.inputs.modalities[1:] else ""}
+    paths = {"flair": scan["flair"], "t1": scan.get("t1") if engine.recipe.inputs.t1_beside else ""}
     for path in filter(None, paths.values()):
         need_file(path)
     return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}

@@ -44,6 +44,11 @@ class Inputs:
         return bool(self.modalities) and set(self.modalities) <= set(COLOURS)
 
     @property
+    def t1_beside(self) -> bool:
+        """Whether T1 is an input beside FLAIR."""
+        return "t1" in self.modalities[1:]
+
+    @property
     def t1_alone(self) -> bool:
         """Whether the scans that are segmented are T1w, on which lesions are dark."""
         return self.modalities == ("t1",)
@@ -268,7 +273,8 @@ class Operating:
         require(len(self.sizes) > 0 and min(self.sizes) >= 1, "operating.sizes", self.sizes, "voxel counts of 1 or more")
         require(min(self.sizes_mm3, default=1) > 0, "operating.sizes_mm3", self.sizes_mm3, "volumes above 0 mm3")
         require(self.prefer in ("centre", "sensitive"), "operating.prefer", self.prefer, "'centre' or 'sensitive'")
-        require(self.min_voxels >= 1 and self.batch_size >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
+        require(self.min_voxels >= 1, "operating.min_voxels", self.min_voxels, "1 or more")
+        require(self.batch_size >= 1, "operating.batch_size", self.batch_size, "1 or more")
 
 
 def head_name(path: str) -> str:
@@ -281,7 +287,7 @@ class Cohort:
     """The synthetic cohort that `phantom`, or `vessels`, writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, flair2d (thick slices), t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
     scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
     heads: tuple[str, ...] = ()  # T1w scans of healthy adults, whose brains the cases have by turns with the MNI152's; each is a site
 

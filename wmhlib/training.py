@@ -29,7 +29,7 @@ from . import hardware, storage
 from .adapters import budget
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
-from .errors import CheckpointError, InputError, WMHError
+from .errors import CheckpointError, InputError, WMHError, some
 from .files import read_table, table_bytes
 from .monitor import Monitor
 from .network import build_network, native_precision
@@ -157,7 +157,7 @@ def _start(job: Job, progress: bool) -> None:
     known = cases.case[cases.digest.isin(seen.digest) & (cases.split == "test") | cases.digest.isin(set(seen.digest) - chose) & (cases.split == "val")]
     if len(known):
         raise InputError(f"training.start: {len(known)} validation or test cases were used to train {start.path} or to choose its operating point "
-                         f"({', '.join(known[:5])} ...): start from another run, or split so that they train")
+                         f"({some(known)}): start from another run, or split so that they train")
     job.network.load_trained_state(state, start.best)
     job.average.load(job.network.live_state())
     if job.keeper:

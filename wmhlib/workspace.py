@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import InputError, MissingStepError, RecipeError
+from .errors import InputError, MissingStepError, RecipeError, some
 from .files import read_json, read_table, read_text, sha256, table_bytes, write_atomic
 from .sections import SHIPPED
 from .settings import Recipe
@@ -53,7 +54,12 @@ class RunFolder:
     @property
     def results(self) -> Path:
         """Where what is made with the run's weights goes: the folder itself, or runs/minisam for those that come with the suite."""
-        return Path("runs", SHIPPED) if self == MINISAM else self.path
+        return Path("runs", SHIPPED) if self.shipped else self.path
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is the one that comes with the suite, however its path is written."""
+        return self.path.resolve() == MINISAM.path.resolve()
 
     def open(self, recipe: Recipe) -> RunFolder:
         """Makes the folder and writes `recipe` into it; raises RecipeError where it holds the cohort of another recipe, InputError
@@ -77,6 +83,17 @@ class RunFolder:
             raise RecipeError(f"run folder {self.path} belongs to another recipe: {recipe.name!r} there, {preset!r} asked for. "
                               f"Set preset to {recipe.name!r}, or choose another run folder")
         return recipe
+
+    def write_cases(self, cases: pd.DataFrame) -> None:
+        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints that were trained on other scans or masks of these names."""
+        if self.cohort_csv.exists() and (self.best.exists() or self.checkpoints.exists()):
+            known = ["digest", "labels"]
+            both = cases.merge(read_table(self.cohort_csv).reindex(columns=["case", *known]), on="case", suffixes=("", "_then")).dropna(subset=["digest_then"])
+            changed = both.case[(both[known].to_numpy() != both[[f"{name}_then" for name in known]].to_numpy()).any(axis=1)]
+            if len(changed):
+                raise InputError(f"{self.path} was trained when {some(changed)} had other scans or masks: choose another run folder, or delete "
+                                 "checkpoints and weights of this one and train again")
+        write_atomic(self.cohort_csv, table_bytes(cases))
 
     def need(self, path: Path, notebook: str) -> Path:
         """`path`, or MissingStepError naming the notebook that makes it."""
@@ -153,13 +170,19 @@ class RunFolder:
         return self.manifest
 
 
-def run_folders(text: str) -> list[RunFolder]:
-    """The run folders that `text` names: one path, or several (in quotes where one has spaces). InputError for what cannot be split."""
+def split_paths(text: str | Path) -> list[Path]:
+    """The paths that `text` names: one that exists, or several as a shell would split them (in quotes where one has spaces). InputError for what
+    cannot be split."""
     try:
-        paths = [text] if text and Path(text).expanduser().exists() else shlex.split(text)
+        names = [text] if isinstance(text, Path) or text and os.path.exists(os.path.expanduser(text)) else shlex.split(text)
     except ValueError as error:
-        raise InputError(f"{text} cannot be split into run folders ({error}): put a path with spaces in quotes") from None
-    return [RunFolder(path) for path in paths]
+        raise InputError(f"{text} cannot be split into paths ({error}): put a path with spaces in quotes") from None
+    return [Path(name).expanduser() for name in names]
+
+
+def run_folders(text: str) -> list[RunFolder]:
+    """The run folders that `text` names, as `split_paths` reads it."""
+    return [RunFolder(path) for path in split_paths(text)]
 
 
 MINISAM = RunFolder(REPOSITORY / "assets" / SHIPPED)  # the weights that come with the suite, laid out as a run
@@ -169,11 +192,6 @@ def stable_seed(*parts) -> int:
     """A seed in 0 .. 2**31 - 1 from the text of `parts`: the same in every process and on every machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-def natural(text: str) -> list:
-    """A key that sorts numbers in names by their value: Utrecht_2 before Utrecht_10."""
-    return [(len(part.lstrip("0")), part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
 def version(name: str) -> str | None:
