@@ -84,7 +84,7 @@ print(f"every scan: {out / derivatives.INDEX}, as a table: {derivatives.TABLE} b
 # A scan is unsure where plain prediction and test-time views differ more than the limit that best told poor validation cases from others: look at it first.
 
 # %%
-table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "status"]].round(3)
+table[["scan", "volume_ml", "lesions", "uncertainty", "unsure", "warnings", "status"]].round(3)
 
 # %% [markdown]
 # ## Look before you believe

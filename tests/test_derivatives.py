@@ -109,7 +109,7 @@ def test_a_bad_scan_is_reported_and_the_others_go_on(scan, tmp_path, capsys):
     assert table.status.tolist() == ["failed", "done", "failed", "done"]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and re.match(r"\[1/4\] sub-broken failed: .*broken.nii.gz", printed[0])
-    assert re.fullmatch(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s, 2 slices without brain skipped\)", printed[1]) and "does not exist" in printed[2]
+    assert re.match(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s, 2 slices without brain skipped\)", printed[1]) and "does not exist" in printed[2]
     written = pd.read_csv(tmp_path / "out" / derivatives.TABLE).set_index("scan")
     assert written.volume_ml["sub-01"] == pytest.approx(0.054) and "absent.nii.gz" in written.reason["sub-absent"]
     assert "absent.nii.gz does not exist" in (tmp_path / "out" / derivatives.INDEX).read_text()
@@ -202,6 +202,12 @@ def test_unsure_is_unknown_without_a_limit_and_else_above_it(scan, tmp_path):
     flair = scan("sub-01_FLAIR.nii.gz")
     unsure = [run(Engine(**point), flair, tmp_path / "out").unsure[0] for point in ({}, {"unsure_above": 0.0}, {"unsure_above": 9.0})]
     assert pd.isna(unsure[0]) and unsure[1:] == [True, False]
+
+
+def test_what_is_odd_about_a_scan_stands_beside_its_volume_and_on_its_page(scan, tmp_path, capsys):
+    table = derivatives.predict_scans(Engine(), derivatives.find(scan("sub-01_FLAIR.nii.gz")), tmp_path / "out")
+    odd = table.warnings[0]
+    assert "less than a head" in odd and odd in capsys.readouterr().out and odd in (tmp_path / "out" / table.page[0]).read_text()
 
 
 @pytest.mark.parametrize("tta, highest", [(True, 0.9), (False, 0.45)])

@@ -1,3 +1,5 @@
+import json
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -149,6 +151,18 @@ def test_weights_trained_on_another_split_are_refused(tmp_path):
     write_table(pd.DataFrame([{"case": "a"} | dict.fromkeys(("site", "flair", "t1", "mask", "ventricles"), "")]), run.cohort_csv)
     write_table(pd.DataFrame([{"case": "a", "split": "test"}]), run.split_csv)
     with pytest.raises(CheckpointError, match="another split"):
+        WMHInferenceEngine.from_run(run)
+
+
+def test_a_point_that_was_chosen_with_other_weights_is_refused(tmp_path):
+    run, model = RunFolder(tmp_path / "run").open(preset("smoke")), network()
+    write_atomic(run.best, weights_bytes(model, origin(model)))
+    point = {"threshold": 0.4, "min_voxels": 2, "tta": False}
+    for chosen_with in ({}, {"weights_sha256": load_network(run.best)[0].fingerprint()}):
+        write_atomic(run.operating_point, json.dumps(point | chosen_with))
+        assert WMHInferenceEngine.from_run(run).point["threshold"] == 0.4
+    write_atomic(run.operating_point, json.dumps(point | {"weights_sha256": "0" * 64}))
+    with pytest.raises(CheckpointError, match="was chosen with other weights than .*: run notebook 04_search again"):
         WMHInferenceEngine.from_run(run)
 
 

@@ -170,7 +170,7 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) 
         _, misfit = _beside(row.get("t1", ""), flair)
         notes = [f"T1 {misfit}: register it before training with it"] if misfit else ["no T1"] * (inputs.t1_beside and not row.get("t1"))
         notes += _mask_notes(case, voxels, lesion_ml, inputs, volume) + _ventricle_notes(row.get("ventricles", ""), case)
-        notes += _geometry_notes(flair, axial=not inputs.t1_alone)
+        notes += geometry_notes(flair, axial=not inputs.t1_alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),
             "spacing": " x ".join(f"{s:.2f}" for s in flair.spacing), "orientation": "" if inputs.images else _codes(flair),
             "labels": ", ".join(f"{label}: {n}" for label, n in voxels.items()), "lesion_ml": lesion_ml,
@@ -230,7 +230,9 @@ def _header_notes(header: nibabel.Nifti1Header) -> list[str]:
     return ["sform and qform name different orientations: sform is used"] * (len(named) > 1)
 
 
-def _geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
+def geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
+    """What is odd about a scan's grid and header: sagittal or coronal slices where they should be `axial`, thick ones, an orientation that is missing or told
+    twice, voxels of two sizes, less than a head. None is fatal."""
     codes, spacing = _codes(flair), np.array(flair.spacing)
     extent = dict(zip(("LRPAIS".index(code) // 2 for code in codes), spacing * flair.data.shape))
     notes = ["not acquired in axial slices"] if axial and codes[2] not in "SI" else []

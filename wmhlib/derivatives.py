@@ -41,7 +41,7 @@ from .workspace import RunFolder, split_paths
 
 TABLE, INDEX = bids.TABLE, bids.INDEX
 COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
-           "min_mm3", "tta", "status", "reason", "page"]
+           "min_mm3", "tta", "warnings", "status", "reason", "page"]
 _LONGEST = timedelta(days=30)  # that one process may wait for another
 _DESCRIPTIONS = {
     "mask": "Mask of {lesion}: 1 where the probability reaches the threshold, small components left out",
@@ -93,7 +93,7 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
 
     Results are named by `bids.name_scans`. Those made before of the same files, with the same weights in the same precision, and at
     the same point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
-    that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason;
+    that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason; `warnings` as `cohort.geometry_notes`;
     `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,
     paths relative to `out`; after an interruption (Ctrl-C) too. Of several `processes`, which all call this with the same scans, each segments
     every n-th one; all return the whole table, and the main one alone writes the two files, when every scan is done.
@@ -194,7 +194,8 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])
     uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
     result = {"volume_ml": float(lesions["volume_ml"].sum()), "lesions": len(lesions), "uncertainty": uncertainty,
-              "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped}
+              "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped,
+              "warnings": "; ".join(cohort.geometry_notes(volume, axial=not engine.recipe.inputs.t1_alone))}
     about = {key: {"Description": _DESCRIPTIONS[key].format(lesion=kind.lesion), "Sources": [source], "SpatialReference": source} for key in maps}
     about["mask"] |= {"Type": "Lesion", "Manual": False, "FLAIR": scan["flair"], "MadeWith": made_with, "Result": result}
     paths = bids.paths(out, name, kind)
@@ -254,7 +255,8 @@ def _write_overview(rows: list[dict], out: Path, kind: bids.Kind) -> None:
 def _line(row: dict, spent: str) -> str:
     if row["status"] == "failed":
         return f"{row['scan']} failed: {row['reason']}"
-    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesions{', unsure' * bool(row['unsure'])} ({spent})"
+    warnings = f"; {row['warnings']}" if row.get("warnings") else ""
+    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesions{', unsure' * bool(row['unsure'])} ({spent}){warnings}"
 
 
 if __name__ == "__main__":

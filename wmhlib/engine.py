@@ -66,14 +66,18 @@ class WMHInferenceEngine:
     @classmethod
     def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:
         """The best weights of a run, with the views of its recipe.json, and its operating point where 04_search has left one. Raises
-        CheckpointError for weights that were trained on another split than the run's, whose test cases they may know."""
+        CheckpointError for weights that were trained on another split than the run's, whose test cases they may know, and for a point that was
+        chosen with other weights."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
         model, split = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
         if run.split_csv.exists() and split and split != run.split_text():
             raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
                                   "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
         model.recipe = replace(model.recipe, operating=run.recipe().operating)
-        point = run.point() if run.operating_point.exists() else None
+        point = run.point() if run.operating_point.exists() else {}
+        mine = model.fingerprint()
+        if point.get("weights_sha256", mine) != mine:
+            raise CheckpointError(f"{run.operating_point} was chosen with other weights than {run.best}: run notebook 04_search again")
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:

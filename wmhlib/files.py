@@ -16,7 +16,7 @@ from .errors import InputError
 
 _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
-                 "page", "digest", "labels")
+                 "page", "digest", "labels", "warnings")
 
 
 def disk_error(path: str | Path, error: OSError) -> InputError:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     network, split = load_network(run.need(run.best, "03_train"))
     if network.recipe.encoder.checkpoint != SHIPPED:
         raise InputError(f"{run.path} adapts {network.recipe.encoder.checkpoint or 'random weights'}: expected encoder.checkpoint={SHIPPED}")
-    there = RunFolder(folder)
+    there, point = RunFolder(folder), run.point()
     origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
     state = {key: half(value) for key, value in network.trained_state().items()}
     figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
     copies = {folder / path.relative_to(run.path): run.need(path, "04_search").read_bytes()
-              for path in (run.operating_point, run.history_csv, run.split_csv, run.recipe_json, *figures)}
+              for path in (run.history_csv, run.split_csv, run.recipe_json, *figures)}
     cohort = read_table(run.cohort_csv)[_COLUMNS].assign(flair="", t1="", mask="", ventricles="")
     there.earlier_csv.unlink(missing_ok=True)
     if run.earlier_csv.exists():
@@ -57,6 +58,8 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
         write_atomic(path, data)
     write_table(cohort, there.cohort_csv)
     write_atomic(there.best, tensors_bytes(state, origin))
+    point["weights_sha256"] = load_network(there.best)[0].fingerprint()  # in half precision they are others
+    write_atomic(there.operating_point, json.dumps(point, indent=2) + "\n")
     return folder
 
 
