@@ -79,7 +79,7 @@ print(f"{len(cases)} cases in {folder}, by site: {cases.site.value_counts().to_d
 # %%
 checks = cohort.check_cases(cases, recipe.inputs, recipe.volume)
 run.write_cases(cases.merge(checks, on=["case", "site"]))
-checks.drop(columns="digest").round({"lesion_ml": 2})
+checks.drop(columns=["digest", "mask_digest"]).round({"lesion_ml": 2})
 
 # %% [markdown]
 # One case of each site, as radiologists look at it, or some of the images. A look at this page finds what no check does.

@@ -56,7 +56,7 @@ from wmhlib.workspace import RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}")
 recipe = run.recipe(preset)
-engine = WMHInferenceEngine.from_run(run)
+engine = WMHInferenceEngine.from_run(run, at_point=False)
 
 # %% [markdown]
 # Each validation case is predicted once and read once; the whole grid is tried on its probabilities.

@@ -70,7 +70,7 @@ scans = derivatives.find(flair, t1, engine.recipe.inputs)
 scans[["case", "flair", "t1"]]
 
 # %% [markdown]
-# One after the other. A scan that cannot be used is named and the rest go on; one done before, with the same weights at the
+# One after the other. A scan that cannot be used is named and the rest go on; one done before, by the same code with the same weights at the
 # same operating point, is kept as it is. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
 
 # %%

@@ -247,16 +247,18 @@ def test_the_figure_shows_lesions_probability_and_entropy(scan, tmp_path):
     assert {"scan", "lesions found", "probability", "entropy (bits)"} <= set(titles)
 
 
-@pytest.mark.parametrize("flair, message", [("", "no scan is named"), ("'a.nii", "quotes"), ("a.nii b.nii", "one T1")])
+@pytest.mark.parametrize("flair, message", [("", "no scan is named"), ([""], "no scan is named"), ("''", "no scan is named"), ("'a.nii", "quotes"), ("a.nii b.nii", "one T1")])
 def test_an_argument_that_names_no_scan_is_refused(flair, message):
     with pytest.raises(InputError, match=message):
         derivatives.find(flair, t1="t1.nii.gz")
 
 
 def test_a_scan_of_another_contrast_is_refused_and_a_t1_of_no_use_is_named(capsys):
-    with pytest.raises(InputError, match="look at FLAIR, and .*sub-1_T1w.nii.gz is named _T1w"):
-        derivatives.find("sub-1_T1w.nii.gz sub-2_FLAIR.nii.gz")
-    with pytest.raises(InputError, match="look at T1w scans, and .*sub-2_FLAIR.nii is named _FLAIR"):
+    with pytest.raises(InputError, match="look at FLAIR, and _T1w ends the name of .*sub-1_T1w.nii.gz: name"):
+        derivatives.find("sub-1_T1w.nii.gz")
+    assert derivatives.find("sub-1_T1w.nii.gz sub-2_FLAIR.nii.gz").case.tolist() == ["sub-2_FLAIR"]
+    assert "sub-1_T1w.nii.gz: left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="look at T1w scans, and _FLAIR ends the name of .*sub-2_FLAIR.nii"):
         derivatives.find("sub-2_FLAIR.nii", inputs=Inputs(modalities=("t1",)))
     derivatives.find("sub-2_FLAIR.nii", "T1.nii", Inputs(modalities=("flair", "t1")))
     assert not capsys.readouterr().out

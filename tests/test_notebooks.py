@@ -51,7 +51,7 @@ def test_papermill_help_tells_type_and_meaning_of_every_parameter(source):
     cell = jupytext.read(source).cells[2].source
     found = papermill.inspect_notebook(str(source.with_suffix(".ipynb")))
     assert list(found) == re.findall(r"^(\w+):", cell, re.M) and list(found)[:2] == ["preset", "run_dir"]
-    assert all(p["inferred_type_name"] in ("str", "int") and len(p["help"]) > 5 for p in found.values())
+    assert all(p["inferred_type_name"] in ("str", "int", "float") and len(p["help"]) > 5 for p in found.values())
 
 
 def test_a_run_leaves_every_file_it_promises(smoke_run):

@@ -72,7 +72,7 @@ def test_a_figure_is_kept_and_shown_with_its_caption(tmp_path, monkeypatch):
     assert (tmp_path / "figures" / "training_curves.png").stat().st_size > 1000
     report.tell(pd.DataFrame(), "zones", "real scans", 4)
     report.tell(pd.DataFrame({"n": [4]}), "results", "real scans", 4)
-    assert shown[0] is figure and "3 synthetic cases" in shown[1].data and "4 real scans" in shown[3].data
+    assert len(shown) == 4 and shown[0] is figure and "3 synthetic cases" in shown[1].data and "4 real scans" in shown[3].data
 
 
 def test_captions_of_figures_name_the_data_and_what_good_looks_like():

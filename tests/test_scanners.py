@@ -49,8 +49,14 @@ def test_slices_are_thick_and_thin_and_some_heads_are_stripped():
     steps = [nib.affines.voxel_sizes(case.affine)[2] for case in made]
     assert min(steps) < 4 < 5 < max(steps) <= 8.5
     assert 0 < sum(scanners.SOFT_LABEL in case.tissue for case in made) < len(made)
-    flat = [nib.affines.voxel_sizes(phantom.make_case("flair2d", seed, COARSE).affine)[2] for seed in range(4)]
-    assert np.median(flat) > 4
+
+
+def test_in_clinical_routine_most_slices_are_thick_and_none_are_of_volumes():
+    rng = np.random.default_rng(0)
+    sites = {kind: [scanners._site(rng, scanners.KINDS[kind], False) for _ in range(100)] for kind in ("flair", "flair2d")}
+    thick = {kind: sum(site.spacing[2] > 4 for site in drawn) for kind, drawn in sites.items()}
+    thin = {kind: sum(site.thickness[0] < 0.7 * site.spacing[2] for site in drawn) for kind, drawn in sites.items()}
+    assert 35 < thick["flair"] < 65 and 70 < thick["flair2d"] < 90 and thin["flair"] > 10 and thin["flair2d"] == 0
 
 
 def test_a_cohort_carries_its_tissues_into_the_labels_of_its_slices(tmp_path):

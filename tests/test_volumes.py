@@ -109,6 +109,17 @@ def test_ringing_around_a_resampled_head_moves_nothing(head):
     assert (volume.data < 0).mean() > 0.05 and volumes._with_dark_air(volume.data) is volume.data
 
 
+@pytest.mark.parametrize("low", [-30, -1024], ids=["ringing", "padding"])
+def test_what_a_resampling_leaves_below_0_is_not_the_air(head, low):
+    def darkened(data):
+        data = data.copy()
+        data[:5] = low
+        return data
+
+    plain, found = load_case(head()), load_case(head(name="dark.nii.gz", change=darkened))
+    assert np.array_equal(plain.inner, found.inner)
+
+
 def test_gaussian_tissue_gets_a_deviation_of_one_and_the_extremes_the_ends_of_the_range():
     data = np.random.default_rng(0).normal(300, 40, (100, 100, 20))
     data[0, 0, :2] = -1e4, 1e4

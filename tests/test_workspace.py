@@ -58,17 +58,18 @@ def test_a_disk_that_refuses_is_named_with_what_to_do(tmp_path):
             write_atomic(tmp_path / place, "new")
 
 
-def test_scans_and_masks_do_not_change_below_weights(run):
-    cases = pd.DataFrame({"case": ["a", "b"], "digest": ["1", "2"], "labels": ["0: 9, 1: 1", "0: 10"]})
-    run.write_cases(cases.assign(labels="0: 5"))
+def test_scans_and_masks_that_trained_or_chose_do_not_change_below_weights(run):
+    cases = pd.DataFrame({"case": ["a", "b", "t"], "site": "s", "flair": "f", "t1": "", "mask": "m", "digest": ["1", "2", "3"], "mask_digest": ["4", "5", "6"]})
+    write_table(cases[["case"]].assign(split=["train", "val", "test"]), run.split_csv)
+    run.write_cases(cases.assign(mask_digest="7"))
     run.write_cases(cases)
     write_atomic(run.best, "weights")
-    for column, value in (("labels", "0: 8, 1: 2"), ("digest", "3")):
+    for column in ("digest", "mask_digest"):
         with pytest.raises(InputError, match="trained when b had other scans or masks"):
-            run.write_cases(cases.assign(**{column: [cases[column][0], value]}))
-    more = pd.concat([cases, cases.tail(1).assign(case="c", digest="3")], ignore_index=True)
+            run.write_cases(cases.assign(**{column: [cases[column][0], "8", "9"]}))
+    more = pd.concat([cases.assign(mask_digest=["4", "5", "9"]), cases.tail(1).assign(case="new")], ignore_index=True)
     run.write_cases(more)
-    assert read_table(run.cohort_csv).case.tolist() == ["a", "b", "c"]
+    assert read_table(run.cohort_csv).equals(more)
 
 
 def test_results_of_the_shipped_weights_never_lie_among_them(monkeypatch):

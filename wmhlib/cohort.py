@@ -69,7 +69,7 @@ def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
 def check_cases(cases: pd.DataFrame, inputs: Inputs | None = None, volume: Volume | None = None) -> pd.DataFrame:
     """Reads each case of `find_cases` as training with `inputs` (FLAIR alone unless given), of whole volumes where `volume` names a network, will,
     and describes it, one row each: case, site, shape, spacing (mm), orientation, labels (voxels of each), lesion_ml (label 1 alone), warnings
-    (none is fatal), digest (of the FLAIR's voxels, by which the same scan is known elsewhere).
+    (none is fatal), digest (of the FLAIR's voxels, by which the same scan is known elsewhere), mask_digest.
 
     Raises InputError with every case that cannot be used and the file to mend; one scan under two names is such a case.
     """
@@ -154,10 +154,8 @@ def _checked(row: dict, inputs: Inputs, volume: Volume) -> dict | InputError:
             box_labels(loaded, place_box(loaded, volume), row["mask"])
     except InputError as error:
         return error
-    data = loaded.volume.data
-    digest = hashlib.sha256(f"{data.shape}".encode())
-    digest.update(data.tobytes())
-    return _description(row, loaded, inputs, volume) | {"digest": digest.hexdigest()}
+    digests = [hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest() for array in (loaded.volume.data, loaded.mask)]
+    return _description(row, loaded, inputs, volume) | dict(zip(("digest", "mask_digest"), digests))
 
 
 def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) -> dict:

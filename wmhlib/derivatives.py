@@ -6,7 +6,7 @@
 
 A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
 the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other
-weights, in another precision (a GPU's fp16 is not a laptop's fp32) or at another operating point.
+weights, by other code, in another precision (a GPU's fp16 is not a laptop's fp32) or at another operating point.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
     A string that is no existing path is split as a shell would, so a path with spaces stands in quotes when it is one of
     several. A file that does not exist stays in, for `predict_scans` to report. `t1` goes with a single FLAIR; where
     `inputs` are T1 alone, a folder or table is searched for T1w scans.
-    Columns: case, subject, session, site, flair, t1 (text, "" if unknown). Raises InputError if nothing is named, for a T1
+    Columns: case, subject, session, site, flair, t1 (text, "" if unknown). A scan whose name says T1w (FLAIR, where `inputs` are T1 alone) is left out, and named. Raises InputError if nothing is left, for a T1
     with more than one FLAIR or beside a T1w scan, and where `inputs` are those of images.
     """
     inputs = inputs or Inputs()
     _need_scans(inputs)
     columns = ["case", "subject", "session", "site", "flair", "t1"]
     tables = [pd.DataFrame(columns=columns)]
-    for item in [Path(name).expanduser() for name in flair] if isinstance(flair, (list, tuple)) else split_paths(flair):
+    for item in [Path(name).expanduser() for name in flair if str(name)] if isinstance(flair, (list, tuple)) else split_paths(flair):
         if item.is_dir() or item.suffix.lower() in (".csv", ".tsv"):
             tables.append(cohort.find_scans(item, inputs)[columns])
         else:
@@ -71,9 +71,13 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
     scans, other = pd.concat(tables, ignore_index=True), "_FLAIR" if inputs.t1_alone else "_T1w"
     if scans.empty:
         raise InputError(f"no scan is named: give a {'T1w' if inputs.t1_alone else 'FLAIR'} file, several, a folder or a CSV table")
-    wrong = [flair for flair in scans["flair"] if stem(flair).endswith(other)]
-    if wrong:
-        raise InputError(f"these weights look at {'T1w scans' if inputs.t1_alone else 'FLAIR'}, and {some(wrong)} is named {other}: name scans of that kind, or other weights (RUN=...)")
+    wrong = scans["flair"].map(stem).str.endswith(other)
+    if wrong.any():
+        told = f"these weights look at {'T1w scans' if inputs.t1_alone else 'FLAIR'}, and {other} ends the name of {some(scans['flair'][wrong])}"
+        if wrong.all():
+            raise InputError(f"{told}: name scans of that kind, or other weights (RUN=...)")
+        print(f"{told}: left out", flush=True)
+        scans = scans[~wrong].reset_index(drop=True)
     if t1 and inputs.t1_alone:
         raise InputError(f"these weights look at T1w scans alone: name them in flair (FLAIR=... of make predict), and leave t1 ({t1}) empty")
     if t1 and len(scans) > 1:
@@ -91,7 +95,7 @@ def _need_scans(inputs: Inputs) -> None:
 def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool = True, processes: PartialState | None = None) -> pd.DataFrame:
     """Segments `scans` (columns flair, and t1, subject, session where known) with `engine`, one at a time, into `out`.
 
-    Results are named by `bids.name_scans`. Those made before of the same files, with the same weights in the same precision, and at
+    Results are named by `bids.name_scans`. Those made before of the same files, with the same weights and code in the same precision, and at
     the same point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
     that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason; `warnings` as `cohort.geometry_notes`;
     `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,

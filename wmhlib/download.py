@@ -13,7 +13,7 @@ from pathlib import Path
 from . import archives, fetch, medsam, phantom, vessels
 from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
 from .colab import secret
-from .errors import InputError, RecipeError, some
+from .errors import InputError, RecipeError, listed, some
 from .files import read_json, read_table, write_atomic, write_table
 from .settings import Recipe
 from .splits import split_cases
@@ -65,8 +65,9 @@ def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
     if len(seen):
         raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): "
                          "evaluate on others")
-    for case in cases[cases.warnings != ""].itertuples():
-        print(f"{case.case}: {case.warnings}", flush=True)
+    odd = [f"{case.case}: {case.warnings}" for case in cases.itertuples() if case.warnings]
+    if odd:
+        print(f"{len(odd)} cases are odd:{listed(odd)}", flush=True)
     folder.open(recipe)
     write_table(cases, folder.cohort_csv)
     write_table(cases[["case", "subject", "site", "lesion_ml"]].assign(split="test"), folder.split_csv)

@@ -64,8 +64,8 @@ class WMHInferenceEngine:
         self.point = self.recipe.operating.point | (point or {})
 
     @classmethod
-    def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None) -> WMHInferenceEngine:
-        """The best weights of a run, with the views of its recipe.json, and its operating point where 04_search has left one. Raises
+    def from_run(cls, run: RunFolder | str | Path, device: str | torch.device | None = None, at_point: bool = True) -> WMHInferenceEngine:
+        """The best weights of a run, with the views of its recipe.json, and (`at_point`) its operating point where 04_search has left one. Raises
         CheckpointError for weights that were trained on another split than the run's, whose test cases they may know, and for a point that was
         chosen with other weights."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
@@ -74,10 +74,7 @@ class WMHInferenceEngine:
             raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
                                   "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
         model.recipe = replace(model.recipe, operating=run.recipe().operating)
-        point = run.point() if run.operating_point.exists() else {}
-        mine = model.fingerprint()
-        if point.get("weights_sha256", mine) != mine:
-            raise CheckpointError(f"{run.operating_point} was chosen with other weights than {run.best}: run notebook 04_search again")
+        point = run.point(model.fingerprint()) if at_point and run.operating_point.exists() else None
         return cls(model, device, point=point)
 
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:

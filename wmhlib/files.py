@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import InputError
+from .errors import InputError, WMHError
 
 _MOST_COLUMNS = 5000
 _TEXT_COLUMNS = ("case", "subject", "session", "site", "flair", "t1", "mask", "ventricles", "group", "split", "system", "kind", "zone", "scan", "status", "reason",
-                 "page", "digest", "labels", "warnings")
+                 "page", "digest", "mask_digest", "warnings")
 
 
 def disk_error(path: str | Path, error: OSError) -> InputError:
     """What a user is told of a file that cannot be read or written."""
-    return InputError(f"{path} cannot be read or written ({error.strerror or type(error).__name__}): free space or name another folder, "
+    return InputError(f"{path} cannot be read or written ({error.strerror or error or type(error).__name__}): free space or name another folder, "
                       "then run this again; it goes on where it stopped")
 
 
@@ -37,6 +37,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except WMHError:
+        raise
     except OSError as error:
         raise disk_error(path, error) from error
     finally:

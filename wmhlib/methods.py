@@ -145,7 +145,7 @@ class Story:
         if people < n:
             points.append(f"The {n} cases are of {people} people: scans of one person are alike, and intervals and tests, which take each case for one of its own, are too sure.")
         alike = set(self.evaluated.subject) & set(self.trained_on.subject[self.trained_on.split != "test"])
-        if self.external and alike and self.data == "real scans":
+        if self.external and alike and not images and "synthetic" not in self.data:
             points.append(f"{len(alike)} of the people have the label of one who trained or chose ({some(sorted(alike))}): where they are the same, these figures flatter.")
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")

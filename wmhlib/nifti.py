@@ -138,7 +138,7 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
     except InputError:
         raise
     except MemoryError:
-        raise InputError(f"{path} of shape {shape} does not fit into memory: free some, or resample it") from None
+        raise InputError(f"{path} does not fit into memory: free some, or resample it") from None
     except Exception as error:  # nibabel raises a dozen types for a damaged or hostile file
         if isinstance(error, OSError) and error.errno:
             raise disk_error(path, error) from None

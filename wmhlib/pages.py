@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 from jinja2 import Environment, FileSystemLoader
 
+from .errors import InputError
 from .files import write_atomic
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -77,7 +78,7 @@ def export_pdf(page: str | Path) -> Path | None:
                             "--generate-pdf-document-outline",
                             f"--print-to-pdf={printed}", page.as_uri()], capture_output=True, timeout=_LONGEST_S, check=True)
             write_atomic(page.with_suffix(".pdf"), printed.read_bytes())
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, InputError, subprocess.SubprocessError) as error:
             print(f"no PDF of {page.name}: {browser} did not print it ({error})")
             return None
     return page.with_suffix(".pdf")

@@ -18,7 +18,7 @@ POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an o
 def source_sha256() -> str:
     """The sha256 of the library's own source, so that what other code has made is made anew."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

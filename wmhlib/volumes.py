@@ -25,7 +25,8 @@ from .sections import Inputs
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
 _DARKER = 0.25  # of the way from air to bright tissue: by so much some tissue is darker where air lies amid the brain's values (a resampling rings less)
-_RINGING = 0.1  # of the brightest tissue: no further below air at 0 does a resampling reach, and a scan that was rescaled around 0 does
+_AIR_PERCENT = 20  # of a scan, at least, are air
+_RINGING = 0.1  # of the brightest tissue: so far below 0 lies the air of a scan that was rescaled around 0; what a resampling or a padding puts there is less of the scan
 _TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part
@@ -139,9 +140,9 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     (data,), spacing = reorient(volume.affine, "LPS", volume.data)
     step = np.maximum(1, np.round(_COARSE_MM / spacing)).astype(int)
     coarse = ndimage.uniform_filter(data, step)[tuple(slice(min(s, n) // 2, None, s) for s, n in zip(step, data.shape))]
-    air, bright = float(coarse.min()), float(np.percentile(coarse, 99))
-    if -_RINGING * bright < air < 0:
-        air = 0.0
+    air, dark, bright = np.percentile(coarse, (0, _AIR_PERCENT, 99))
+    if dark > -_RINGING * bright:
+        air = max(0.0, air)
     for share in _TISSUE:
         parts, count = ndimage.label(coarse > air + share * (bright - air))
         if count == 0:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import InputError, MissingStepError, RecipeError, some
+from .errors import CheckpointError, InputError, MissingStepError, RecipeError, some
 from .files import read_json, read_table, read_text, sha256, table_bytes, write_atomic
 from .sections import SHIPPED
 from .settings import Recipe
@@ -85,11 +85,12 @@ class RunFolder:
         return recipe
 
     def write_cases(self, cases: pd.DataFrame) -> None:
-        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints that were trained on other scans or masks of these names."""
-        if self.cohort_csv.exists() and (self.best.exists() or self.checkpoints.exists()):
-            known = ["digest", "labels"]
-            both = cases.merge(read_table(self.cohort_csv).reindex(columns=["case", *known]), on="case", suffixes=("", "_then")).dropna(subset=["digest_then"])
-            changed = both.case[(both[known].to_numpy() != both[[f"{name}_then" for name in known]].to_numpy()).any(axis=1)]
+        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints, which trained or chose on other scans or masks of these names."""
+        if self.cohort_csv.exists() and self.split_csv.exists() and (self.best.exists() or self.checkpoints.exists()):
+            known = ["digest", "mask_digest"]
+            before = self.cases().query("split != 'test'").reindex(columns=["case", *known]).fillna("")
+            both = cases.merge(before, on="case", suffixes=("", "_then"))
+            changed = both.case[sum(both[f"{name}_then"].ne("") & both[name].ne(both[f"{name}_then"]) for name in known) > 0]
             if len(changed):
                 raise InputError(f"{self.path} was trained when {some(changed)} had other scans or masks: choose another run folder, or delete "
                                  "checkpoints and weights of this one and train again")
@@ -127,13 +128,16 @@ class RunFolder:
             raise InputError(f"{self.earlier_csv} is missing: what the weights of training.start had seen is not known; train again in another folder")
         return read_table(self.earlier_csv) if self.earlier_csv.exists() else pd.DataFrame(columns=["case", "site", "digest"])
 
-    def point(self) -> dict:
-        """The operating point that 04_search left. MissingStepError where there is none, InputError for impossible values."""
+    def point(self, weights_sha256: str = "") -> dict:
+        """The operating point that 04_search left. MissingStepError where there is none, InputError for impossible values, CheckpointError where it was
+        chosen with weights of another fingerprint than `weights_sha256`."""
         point = read_json(self.need(self.operating_point, "04_search"))
         wrong = [f"{name} is {point[name]!r}" for name, fits in _POINT.items() if name in point and not fits(point[name])]
         missing = [f"{name} is missing" for name in ("threshold", "min_voxels", "tta") if name not in point]
         if wrong or missing:
             raise InputError(f"{self.operating_point}: {', '.join(missing + wrong)}: run notebook 04_search again")
+        if weights_sha256 and point.get("weights_sha256", weights_sha256) != weights_sha256:
+            raise CheckpointError(f"{self.operating_point} was chosen with other weights than {self.best}: run notebook 04_search again")
         return point
 
     def evaluation(self, data: str | Path, out: str | Path = "") -> RunFolder:
@@ -177,7 +181,7 @@ def split_paths(text: str | Path) -> list[Path]:
         names = [text] if isinstance(text, Path) or text and os.path.exists(os.path.expanduser(text)) else shlex.split(text)
     except ValueError as error:
         raise InputError(f"{text} cannot be split into paths ({error}): put a path with spaces in quotes") from None
-    return [Path(name).expanduser() for name in names]
+    return [Path(name).expanduser() for name in names if str(name)]
 
 
 def run_folders(text: str) -> list[RunFolder]:
