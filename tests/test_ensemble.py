@@ -93,7 +93,7 @@ def test_several_runs_on_strokes_predict_as_one_into_files_that_say_stroke(engin
     runs = run_folders(f"'{tmp_path}/run 1' '{tmp_path}/run 2'")
     assert [run.path.name for run in runs] == ["run 1", "run 2"] == [run_folders(str(run.path))[0].path.name for run in runs]
     out = tmp_path / "out"
-    table = derivatives.predict_scans(open_engine(runs), derivatives.find(str(scan)), out, progress=False)
+    table = derivatives.predict_scans(open_engine(runs), derivatives.find(str(scan), inputs=runs[0].recipe().inputs), out, progress=False)
     assert table.status.tolist() == ["done"] and (out / "sub-1/anat/sub-1_space-T1w_label-lesion_mask.nii.gz").exists()
     texts = "".join(path.read_text() for path in out.rglob("*.html")) + "".join(path.read_text() for path in out.rglob("*.json")) + (out / "README").read_text()
     assert "Stroke lesions" in texts and "hyperintens" not in texts and "white matter" not in texts
