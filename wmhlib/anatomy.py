@@ -169,7 +169,7 @@ class Patient:
         return keep * (1 - white), keep * white
 
     def lesions(self, white: torch.Tensor, voxel: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lesion fraction and, from 0 to 1, how deep inside a lesion. A score falls with the distance to the ventricles
+        """Lesion fraction and how deep inside a lesion, up to 1, below 0 outside, where it says how nearly white matter became lesion. A score falls with the distance to the ventricles
         (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this patient in
         voxels of `voxel` mm3."""
         height = self.points[..., 2]
@@ -203,7 +203,7 @@ class Patient:
             drawn = (fraction(some_score - middle, some_gate).mean(-1) >= 0.5).sum()
             low, high = (middle, high) if drawn > wanted else (low, middle)
         score -= high
-        return fraction(score, gate), score.clamp_(0, 1)
+        return fraction(score, gate), score.clamp_(max=1)
 
     def other_pathology(self) -> tuple[torch.Tensor, torch.Tensor]:
         """In a fifth of the cases a cortical infarct or a lacune: fluid core and whole extent, as fractions."""

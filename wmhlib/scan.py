@@ -69,7 +69,7 @@ class Acquisition:
 @dataclass(frozen=True)
 class Anatomy:
     """What a scan is composed of: head tissues (`labels`, uint8, of the whole grid) with their `grain`, and of the part of it that
-    holds the brain fractions of `grey`, `white`, `lesion` (`inner`: how deep inside), and of an infarct's `core` and `extent`."""
+    holds the brain fractions of `grey`, `white`, `lesion` (`depth`: how deep inside, below 0 outside), and of an infarct's `core` and `extent`."""
 
     labels: torch.Tensor
     grain: torch.Tensor
@@ -77,7 +77,7 @@ class Anatomy:
     grey: torch.Tensor
     white: torch.Tensor
     lesion: torch.Tensor
-    inner: torch.Tensor
+    depth: torch.Tensor
     core: torch.Tensor
     extent: torch.Tensor
 
@@ -113,10 +113,10 @@ class Scan:
     def anatomy(self) -> Anatomy:
         patient, brain = self.patient, self.patient.inner
         grey, white = brain.brain()
-        lesion, inner = brain.lesions(white, np.prod(self.spacing))
+        lesion, depth = brain.lesions(white, np.prod(self.spacing))
         (core, extent), labels = brain.other_pathology(), patient.head()
         core, extent, lesion = core * (grey + white), extent * (grey + white), lesion * (1 - extent)
-        return Anatomy(labels, self.grain(labels), labels[brain.box] == CSF, grey, white, lesion, inner, core, extent)
+        return Anatomy(labels, self.grain(labels), labels[brain.box] == CSF, grey, white, lesion, depth, core, extent)
 
     def grain(self, labels: torch.Tensor) -> torch.Tensor:
         """Texture of the head's tissues."""
@@ -131,7 +131,7 @@ class Scan:
         bright = max(uniform(1.5, 2.1), cortex + uniform(0.4, 0.7))
         brains = anatomy.grey + anatomy.white
         tissue = anatomy.grey * cortex * brain.grey_shades() + anatomy.white * brain.white_shades()
-        level = 1 + (bright - 1) * (0.85 + 0.3 * anatomy.inner + 0.1 * brain.fine)
+        level = 1 + (bright - 1) * (0.85 + 0.3 * anatomy.depth.clamp(min=0) + 0.1 * brain.fine)
         tissue += anatomy.lesion * (level * brains - tissue)
         tissue += 0.8 * anatomy.extent * (bright * brains - tissue)
         return self.compose(anatomy, tissue, values[CSF] + brain.fluid_shades(), values)

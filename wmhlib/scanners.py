@@ -92,7 +92,10 @@ class RandomScan(Scan):
         brains, shade = anatomy.grey + anatomy.white, uniform(0, 1.5)
         tissue = anatomy.grey * cortex * (1 + shade * (brain.grey_shades() - 1)) + anatomy.white * (1 + shade * (brain.white_shades() - 1))
         own = torch.exp(uniform(0, 0.4) * brain.field(uniform(8, 25))).clamp_(0.4, 1.6)  # of each lesion, some are faint
-        level = 1 + (bright - 1) * own * (1 - uniform(0, 0.3) + uniform(0, 0.4) * anatomy.inner + uniform(0, 0.2) * brain.fine)
+        level = 1 + (bright - 1) * own * (1 - uniform(0, 0.3) + uniform(0, 0.4) * anatomy.depth.clamp(min=0) + uniform(0, 0.2) * brain.fine)
+        if uniform() < 0.7:  # dirty-appearing white matter (Ge et al. 2003) and penumbra (Maillard et al. 2011): lesser change around lesions, which raters leave out
+            near = torch.exp(-(anatomy.depth.clamp(max=0) / uniform(0.15, 0.8)).square())
+            tissue += uniform(0, 0.45) * near * anatomy.white * (bright - 1) * own
         tissue += anatomy.lesion * (level * brains - tissue)
         tissue += uniform(0.4, 1) * anatomy.extent * (bright * brains - tissue)
         fluid = values[CSF] + uniform(0, 1.3) * brain.fluid_shades() * contrast.brightest
