@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wmhlib import epochs, slicestore, tasks, training
+from wmhlib.checkpoints import Keeper
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.network import load_network
@@ -277,6 +278,22 @@ def test_a_warm_restart_of_an_overfitted_network_is_no_divergence(new_run, monke
     with pytest.raises(WMHError, match="the loss rose to .* from .* in an epoch before"):
         training.fit(run, progress=False)
     assert read_table(run.history_csv).epoch.max() == 3
+
+
+def test_a_session_whose_run_another_has_taken_over_stops_and_leaves_its_files(new_run, monkeypatch):
+    run, train_epoch = new_run("run"), training.train_epoch
+
+    def taken_in_the_third(job, monitor, train, epoch, losses):
+        if epoch == 3:
+            Keeper(run).claim()
+        return train_epoch(job, monitor, train, epoch, losses)
+
+    monkeypatch.setattr(training, "train_epoch", taken_in_the_third)
+    with pytest.raises(CheckpointError, match="another session"):
+        training.fit(run, progress=False)
+    assert len(read_table(run.history_csv)) == 2
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    assert len(training.fit(run, progress=False)) == 4 and not run.session.exists()
 
 
 def test_an_operating_point_does_not_outlive_its_weights(new_run):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ class Keeper:
 
         with Keeper(run) as keeper:
             state = keeper.newest(check)        # None in a new run
+            keeper.claim()
+            keeper.hold()                       # before each epoch's files: is the run still ours?
             keeper.write(run.best, data)        # whole or not at all; the newest version wins
             keeper.checkpoint(epoch, state)
 
@@ -44,6 +47,7 @@ class Keeper:
         self.source: Path | None = None  # the file that `newest` took
         self._say = say or (lambda text: print(text, flush=True))
         self._whole: set[Path] = set()  # checkpoints seen to be good
+        self._token = secrets.token_bytes(8)
         for folder in (run.path, self.local):
             storage.sweep(folder)
             storage.sweep(folder / run.checkpoints.name)
@@ -72,6 +76,22 @@ class Keeper:
         not reach the file."""
         data, name = storage.pack(epoch, state), f"{self.run.checkpoints.name}/{storage.checkpoint_name(epoch)}"
         self._delivery.send(Version(name, hashlib.sha256(data).hexdigest(), data, epoch))
+
+    def claim(self) -> None:
+        """Makes the run that of this process: another that still trains it stops in its next `hold`."""
+        self.write(self.run.session, self._token)
+
+    def hold(self) -> None:
+        """CheckpointError where another process has claimed the run since, whose files would mix with those of this one."""
+        with contextlib.suppress(OSError):
+            if self.run.session.read_bytes() != self._token:
+                raise CheckpointError(f"another session goes on with the training in {self.run.path}: this one stops and leaves it the folder. "
+                                      "To train anew beside it, choose another run folder")
+
+    def release(self) -> None:
+        """Ends what `claim` began."""
+        with contextlib.suppress(OSError):
+            self.run.session.unlink()
 
     def newest(self, check: Callable[[dict], list[str]]) -> dict | None:
         """The state of the newest whole checkpoint, in the run folder or the local one; None where there is none.

@@ -105,6 +105,8 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     history, best = _resume(job, origin, progress)
     if _finished(history, settings):
         return history
+    if keeper:
+        keeper.claim()
     if not history:
         if keeper:
             _drop(run.earlier_csv)
@@ -121,6 +123,8 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
             with job.average.swapped_in():
                 if epoch % settings.validate_epochs == 0 or epoch == settings.epochs:
                     row |= validate(job, val, sites, places)
+                if keeper:
+                    keeper.hold()
                 highest = max(map(_dice, history), default=-1.0)
                 better = _dice(row) > highest or highest < 0  # until an epoch has a Dice, the last one
                 if better and keeper:
@@ -133,6 +137,8 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
                 if epoch % settings.checkpoint_epochs == 0 or _finished(history, settings):
                     keeper.checkpoint(epoch, _state(job, origin, history, best))
             monitor.epoch(history, better, drawn)
+    if keeper:
+        keeper.release()
     if progress and len(history) < settings.epochs:
         print(f"stopped: no better validation Dice for {settings.patience} epochs (training.patience)", flush=True)
     return history

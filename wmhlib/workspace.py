@@ -42,6 +42,7 @@ class RunFolder:
     earlier_csv = property(lambda self: self.path / "earlier.csv")
     history_csv = property(lambda self: self.path / "history.csv")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    session = property(lambda self: self.path / ".session")  # who trains it now
     best = property(lambda self: self.path / "best.safetensors")
     search_csv = property(lambda self: self.path / "search.csv")
     operating_point = property(lambda self: self.path / "operating_point.json")
