@@ -101,7 +101,8 @@ assets:  ## the README's figures, from the demo's and the benchmark's
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	@echo "installing into .venv (once; 2 to 3 GB of packages, more where torch comes with CUDA)"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: name one, make PYTHON=python3.12 ...")' \
+	  && $(PYTHON) -m venv --clear .venv; }
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --editable .
 	@touch $@

@@ -22,10 +22,14 @@
 # The presets demo, flair, base, vessels, stroke-demo and smoke make a synthetic cohort of their own unless you name data; the others take your scans, the
 # Kaggle mirror or DataverseNL. The preset `vessels` takes
 # images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`; `stroke` takes T1w scans with masks of stroke lesions, as
-# ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`).
+# ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`). How your scans may lie in folders, and what BIDS masks are called:
+# [Your data](https://github.com/wmh-lora/wmh-lora#your-data).
+#
+# A mask lies on its scan's grid and holds 0, 1 (lesion) and 2 (other pathology, which counts neither for nor against a result). Where 2 stands for deep
+# lesions, make it 1 first.
 #
 # Any setting of the recipe can be changed by name: `overrides = "training.epochs=3 skip=false inputs.modalities=['flair','t1']"`, with spaces between settings and
-# none inside a value. Names and meanings stand in `wmhlib/sections.py`.
+# none inside a value. Names and meanings stand in `wmhlib/sections.py` (`seed` and `skip` in `wmhlib/settings.py`).
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -58,9 +62,12 @@ overrides: str = ""  # settings to change, the way the text above shows
 # The recipe is written once. The run folder refuses another one later, so that its files always belong together.
 
 # %%
+import pandas as pd
+
 from wmhlib import cohort, download, figures, presets, report
 from wmhlib.workspace import RunFolder
 
+pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 recipe = presets.preset(preset, f"seed={seed} {overrides}")
 run = download.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)
 print(f"run folder {run.path}")

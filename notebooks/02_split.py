@@ -67,7 +67,7 @@ print(f"protocol {recipe.split.protocol}, seed {recipe.seed}")
 splits.split_table(split)
 
 # %% [markdown]
-# No subject and no file may be on two sides. If you change the table by hand, check it this way.
+# No subject and no file may be on two sides. If you change split.csv by hand, run this cell and not the one above, which deals anew.
 
 # %%
 split = splits.check_split(read_table(run.split_csv), cases)

@@ -41,10 +41,10 @@ from wmhlib.colab import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe, the one of notebook 01
+preset: str = "demo"  # recipe, the one of notebook 01; empty: the weights that come with the suite, which want data_dir
 run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
-out_dir: str = ""  # folder for that evaluation; empty: <run folder>/evaluations/<name of data_dir>
+out_dir: str = ""  # folder for that evaluation; empty: evaluations/<name of data_dir> in the run folder, or in runs/minisam
 
 # %% [markdown]
 # Weights from notebook 03, operating point from 04. Nothing is tuned from here on.
@@ -57,14 +57,14 @@ from IPython.display import HTML, Image, Markdown, display
 
 from wmhlib import adapters, charts, download, evaluation, figures, methods, prompting, report, viewer
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.workspace import RunFolder
+from wmhlib.workspace import MINISAM, RunFolder
 
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
-run = RunFolder(run_dir or f"{root}/{preset}")
-recipe = run.recipe(preset)
+run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
+recipe = run.recipe(preset or None)
 run.need(run.operating_point, "04_search")
 engine = WMHInferenceEngine.from_run(run)
-out = download.open_evaluation(run, data_dir, out_dir) if data_dir else run
+out = download.open_evaluation(run, data_dir, out_dir, root)
 
 # %% [markdown]
 # Every case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer. Where the base answers prompts it is

@@ -74,7 +74,7 @@ scans[["case", "flair", "t1"]]
 # same operating point, is kept as it is. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
 
 # %%
-out = Path(out_dir or (f"{root}/minisam/derivatives" if run.shipped else run.path / "derivatives")).expanduser()
+out = Path(out_dir or run.results(root) / "derivatives").expanduser()
 table = derivatives.predict_scans(engine, scans, out)
 print(f"every scan: {out / derivatives.INDEX}, as a table: {derivatives.TABLE} beside it")
 

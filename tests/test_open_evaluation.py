@@ -6,7 +6,7 @@ from wmhlib import cohort, download
 from wmhlib.errors import InputError
 from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.presets import preset
-from wmhlib.workspace import RunFolder
+from wmhlib.workspace import MINISAM, RunFolder
 
 
 @pytest.fixture
@@ -54,3 +54,10 @@ def test_an_evaluation_writes_over_no_run_and_no_other_evaluation(trained, tmp_p
     write_table(read_table(trained.cohort_csv), out.cohort_csv)
     with pytest.raises(InputError, match="evaluation of other cases"):
         download.open_evaluation(trained, str(tmp_path / "others"), str(out.path))
+
+
+def test_without_data_a_run_is_evaluated_on_its_own_test_cases_and_shipped_weights_want_some(trained, tmp_path):
+    assert download.open_evaluation(trained, "") is trained
+    with pytest.raises(InputError, match="name labelled cases"):
+        download.open_evaluation(MINISAM, "")
+    assert download.open_evaluation(MINISAM, str(tmp_path / "others"), root=str(tmp_path)).path == tmp_path / "minisam" / "evaluations" / "others"

@@ -26,7 +26,7 @@ def test_overrides_change_what_they_name_and_nothing_else():
     ("training.epochs=0", "training.epochs = 0"), ("training.epochs=2.5", "expected int"), ("skip=1", "expected bool"),
     ("training=3", "is a section"), ("inputs.img_size=100", "multiple of 16"), ("inputs.modalities=['t1','flair']", "inputs.modalities"),
     ("operating.threshold=1.5", "between 0 and 1"), ("operating.batch_size=0", "operating.batch_size = 0"), ("training.lr=NaN", "training.lr"), ("split.val=0.6 split.test=0.6", "split"),
-    ("loss.focal_gamma=0.5", "0, or 1 or more"), ("epochs", "not of the form"), ("loss.scale_weights=[1,2]", "four weights"), ("inputs.fov='wide'", "expected float")])
+    ("loss.focal_gamma=0.5", "0, or 1 or more"), ("epochs", "not of the form"), ("split.held_out=101", "'101', in quotes"), ("loss.scale_weights=[1,2]", "four weights"), ("inputs.fov='wide'", "expected float")])
 def test_an_impossible_setting_is_named(overrides, message):
     with pytest.raises(RecipeError, match=message):
         preset("colab", overrides)

@@ -45,7 +45,7 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     if cases.empty:
         beside = "_label-L_desc-T1lesion_mask beside each _T1w" if contrast == "t1" else "<site>/<id>/wmh.nii.gz with <site>/<id>/pre/FLAIR.nii.gz"
         raise InputError(f"no labelled cases in {place} ({len(unlabelled)} scans without a mask): expected {beside}, "
-                         "BIDS with masks under derivatives/, or a table cases.csv")
+                         "BIDS with masks under derivatives/ (label-WMH, -WML, -lesion or -L, or desc-*lesion* or -*wmh*, ending in _mask), or a table cases.csv")
     sites = cases.groupby("subject")["site"].unique()
     shared = [f"{subject} ({', '.join(found)})" for subject, found in sites.items() if len(found) > 1]
     if shared:

@@ -51,11 +51,15 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
     return run
 
 
-def open_evaluation(run: RunFolder, data: str, out: str = "") -> RunFolder:
-    """A folder to evaluate `run` in on the labelled cases of `data` (`cohort.find_cases`), all of them test cases: `out`, or the
-    run's evaluations/<name of data>. Raises InputError for a scan that the run was trained or chosen on, and for a folder that
-    holds a run, or an evaluation of other cases."""
-    folder, recipe, cases, known = run.evaluation(data, out), run.recipe(), find_cases(data, run.recipe().inputs), run.seen()
+def open_evaluation(run: RunFolder, data: str, out: str = "", root: str = "runs") -> RunFolder:
+    """The folder to evaluate `run` in: the run itself on its own test cases where `data` is "", else on the labelled cases of `data`
+    (`cohort.find_cases`), all of them test cases: `out`, or `RunFolder.evaluation` below `root`. Raises InputError for a scan that the run was trained or
+    chosen on, for a folder that holds a run, or an evaluation of other cases, and for the weights that come with the suite without `data`."""
+    if not data:
+        if run.shipped:
+            raise InputError("the test cases of the weights that come with the suite are not at hand: name labelled cases to evaluate them on (data_dir; DATA= of make evaluate)")
+        return run
+    folder, recipe, cases, known = run.evaluation(data, out, root), run.recipe(), find_cases(data, run.recipe().inputs), run.seen()
     if folder.best.exists() or folder.checkpoints.exists():
         raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
     if folder.cohort_csv.exists() and not set(read_table(folder.cohort_csv).flair) & set(cases.flair):

