@@ -16,6 +16,7 @@ def test_blocks_of_any_size_give_softmax_attention_and_its_gradients(scores, mon
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
     found = attention.attend(q, k, v)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(attention._fused(q, k, v), expected)
     torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), d_out), torch.autograd.grad(expected, (q, k, v), d_out))
 
 

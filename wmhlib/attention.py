@@ -19,8 +19,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v: B x heads x N x C, B x heads x M x C, B x heads x M x V -> B x heads x N x V. Scale q beforehand."""
     if q.device.type == "cpu":
         return _Blocks.apply(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, q.shape[:2])
-    # The fused kernels want one width.
-    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1])), scale=1.0)[..., : v.shape[-1]]
+    return _fused(q, k, v)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` by torch's kernels, which want one width for all, on GPUs before Ampere a multiple of 8."""
+    width = -(-q.shape[-1] // 8) * 8
+    return F.scaled_dot_product_attention(*(F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)), scale=1.0)[..., : v.shape[-1]]
 
 
 class _Blocks(torch.autograd.Function):

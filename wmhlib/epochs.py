@@ -96,6 +96,7 @@ def train_epoch(job: Job, monitor: Monitor, cases: list, epoch: int, before: lis
         several = accelerator.num_processes > 1 or len(micros) > 1
         job.statistics.begin()
         for i in mine:
+            job.statistics.forward()
             values = _loss(job, cases, micros[i], epoch, step, i)
             loss = values[0] * (len(micros[i]) / len(steps[step]))
             (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()

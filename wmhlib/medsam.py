@@ -61,7 +61,8 @@ class Attention(nn.Module):
         rows = torch.einsum("bnhwc,hkc->bnhwk", q, _offsets(self.rel_pos_h, height)[:h].to(q.dtype))
         columns = torch.einsum("bnhwc,wkc->bnhwk", q, _offsets(self.rel_pos_w, width)[:w].to(q.dtype))
         q = torch.cat([q * q.shape[-1] ** -0.5, rows, columns], -1).flatten(2, 3)
-        places = torch.cat([torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)], -1).to(k)
+        rows, columns = (torch.eye(n, dtype=k.dtype, device=k.device) for n in (height, width))
+        places = torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], -1)
         k = torch.cat([k, places.expand(b, self.heads, -1, -1)], -1)
         return attend(q, k, v).transpose(1, 2).reshape(b, h, w, -1)
 

@@ -78,18 +78,21 @@ class GradientSum:
 
 class StepStatistics:
     """Lets BatchNorm's running statistics move once an optimiser step, by the mean over the step's micro-batches:
-    running = (1 - momentum) running + momentum mean. `begin`, the forward passes, `sums` (to be summed over processes), `end`."""
+    running = (1 - momentum) running + momentum mean. `begin`, `forward` before each forward pass, `sums` (to be summed over processes), `end`."""
 
     def __init__(self, network: nn.Module):
         self.norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad]
         self.momenta = [m.momentum for m in self.norms]
-        for norm in self.norms:
-            norm.momentum = None  # a cumulative average, from a count of 0
 
     def begin(self) -> None:
         self.before = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in self.norms]
+        self.passes = 0
+
+    def forward(self) -> None:
+        """Lets the next pass take its share of a mean over all since `begin`; torch's own (momentum None) waits for the GPU in every layer."""
+        self.passes += 1
         for norm in self.norms:
-            norm.num_batches_tracked.zero_()
+            norm.momentum = 1 / self.passes
 
     def sums(self, micro_batches: int) -> list[Tensor]:
         """The statistics of this process's `micro_batches`, summed in place."""

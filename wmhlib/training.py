@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,9 +22,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState, notebook_launcher
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import hardware, storage
 from .adapters import budget
@@ -70,18 +70,18 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
 
 
 def launch(run: RunFolder) -> pd.DataFrame:
-    """`fit` in one process for each GPU of this machine, or in this one where there are fewer than two. Raises WMHError in a
-    kernel that has used a GPU before, since processes cannot share what it holds there."""
+    """`fit` in a fresh process for each GPU of this machine, what they print going on to here, or in this process where there are fewer than two.
+    Raises WMHError where one stops."""
     gpus = torch.cuda.device_count()
     if gpus < 2:
         return fit(run)
-    if torch.cuda.is_initialized():
-        raise WMHError("this kernel has used a GPU already: restart it and run notebook 03 first")
-    try:
-        notebook_launcher(fit, (run,), num_processes=gpus)
-    except ChildFailedError as error:
-        message = error.get_first_failure()[1].message
-        raise WMHError(f"training on {gpus} GPUs stopped: {message['message'] if isinstance(message, dict) else message}") from None
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "wmhlib.training", str(run.path)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus))}
+    with subprocess.Popen(command, env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as processes:
+        for line in processes.stdout:
+            print(line, end="", flush=True)
+    if processes.returncode:
+        raise WMHError(f"training on {gpus} GPUs stopped: the reason stands above")
     return read_table(run.history_csv)
 
 

@@ -135,6 +135,7 @@ def claims(encoders: dict[str, Encoder], pairs: list[tuple[str, Subject]], repet
     built = {(s.name, s.precision): s.build(device) for s in subjects}
     sizes, spent = {key: weight_bytes(module) for key, module in built.items()}, latencies(subjects, built, repetitions, device)
     del built
+    torch.cuda.empty_cache()  # for the processes that follow
     whole, peaks = 4 * _parameters(encoders[REFERENCE]), dict(zip(subjects, inference_memory(subjects)))
     operations = {(name, px): gflop(encoders[name], px) for name, px in {(s.name, px) for s in subjects for px in (s.px, 256)}}
     rows = []

@@ -119,7 +119,7 @@ def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
 def step_memories(recipes: Sequence[Recipe], who: str) -> list[dict[str, float]]:
     """Of each, MB of the process of `who` ("ours" or "eager") with the network loaded (`loaded_mb`) and what a step holds above that at
     its peak (`step_mb`), measured in a fresh process that has loaded the libraries and nothing else."""
-    return measured_apart("wmhlib.bench.steps", who, [recipe.to_json() for recipe in recipes])
+    return measured_apart("wmhlib.bench.steps", who, [recipe.to_json() for recipe in recipes], CUDA_VISIBLE_DEVICES="")
 
 
 def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torch.device, repetitions: int = 5) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -44,20 +45,21 @@ def alternate(works: dict[str, Callable[[], object]], repetitions: int, warm: bo
 
 
 def each_alone(work: Callable[[Any], Any], given: Iterable[Any], threads: int) -> list:
-    """`work` of each of `given` in a process of its own with `threads`, a copy of this one where the system can: what has been loaded here
-    is there. Raises BrokenProcessPool where one dies."""
-    context, found = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"), []
+    """`work` of each of `given` in a process of its own with `threads`, a copy of this one where the system can (what has been loaded here
+    is there) and no GPU is in use, which bitsandbytes does as it is imported. Raises BrokenProcessPool where one dies."""
+    copies = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+    context, found = multiprocessing.get_context("fork" if copies else "spawn"), []
     for one in given:
         with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
             found.append(pool.submit(work, one).result())
     return found
 
 
-def measured_apart(module: str, *given: Any) -> list:
+def measured_apart(module: str, *given: Any, **environment: str) -> list:
     """What `python -m module` prints in a fresh process that has loaded the libraries and nothing else: JSON of [threads, *given] goes in, a list in
-    JSON comes back. WMHError where it fails."""
+    JSON comes back; `environment`: variables that are other than here. WMHError where it fails."""
     words = json.dumps([torch.get_num_threads(), *given])
-    done = subprocess.run([sys.executable, "-m", module], input=words, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", module], input=words, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise WMHError(f"the process of {module} that measures memory ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
