@@ -18,6 +18,9 @@ PROMPTS := $(START) adapter.method=none pretext.alone=true pretext.prompts=1 pre
 # the adapter's second round, which goes on from the first on other cases
 MORE := training.start=runs/weights/flair cohort.synthetic_cases=800 split.val=0.04 split.test=0.04 \
   training.lr=7e-4 training.epochs=5 training.warmup_epochs=0 training.restart_epochs=5
+# and its third
+ONCE_MORE := training.start=runs/weights/flair2 cohort.synthetic_cases=600 split.val=0.08 split.test=0.04 \
+  training.lr=5e-4 training.epochs=4 training.warmup_epochs=0 training.restart_epochs=4
 
 .PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark heads weights notebooks assets lint
 
@@ -83,7 +86,8 @@ weights: .venv/installed heads  ## the weights in assets from nothing, hours: SE
 	$(BIN)/python -m wmhlib.shipped base runs/weights/base3
 	$(SUITE) --preset flair --seed $(SEED) --run runs/weights/flair --overrides "$(PEOPLE)"
 	$(SUITE) --preset flair --seed $$(($(SEED) + 2)) --run runs/weights/flair2 --overrides "$(PEOPLE) $(MORE)"
-	$(BIN)/python -m wmhlib.shipped adapter runs/weights/flair2
+	$(SUITE) --preset flair --seed $$(($(SEED) + 6)) --run runs/weights/flair3 --overrides "$(PEOPLE) $(ONCE_MORE)"
+	$(BIN)/python -m wmhlib.shipped adapter runs/weights/flair3
 
 test: .venv/tests  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

@@ -76,7 +76,7 @@ pd.Series(machine, name="").to_frame()
 # %%
 run, folder = RunFolder(run_dir or f"{root}/{preset}"), tempfile.TemporaryDirectory()
 rows = [measures.predict_row(run)]
-memory = {who: steps.step_memory(plan.full, who) for who in ("eager", "ours")} if not plan.quick else None
+memory = {who: steps.step_memories([plan.full], who)[0] for who in ("eager", "ours")} if not plan.quick else None
 
 # %% [markdown]
 # The encoder, on one image: against segment_anything's own with the same weights, with and without

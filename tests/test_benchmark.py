@@ -129,7 +129,7 @@ def test_a_step_trains_and_a_process_of_its_own_tells_its_memory(who):
     step = steps.Step(SMOKE, who)
     losses = [step.run() for _ in range(6)]
     assert losses[-1] < losses[0]
-    assert set(steps.step_memory(SMOKE, who)) == {"loaded_mb", "step_mb"}
+    assert set(steps.step_memories([SMOKE], who)[0]) == {"loaded_mb", "step_mb"}
 
 
 def test_rates_follow_from_the_steps(case):

@@ -117,7 +117,7 @@ def test_sites_show_each_case_of_each_system_and_say_their_means():
 def test_strata_leave_out_zones_where_no_case_has_any():
     assert len(charts.strata_figure(metrics(6), lesions(6), zones(6)).axes) == 3
     fig = charts.strata_figure(metrics(6), lesions(0), zones(0))
-    assert len(fig.axes) == 2 and "none, n = 0" in words(fig)
+    assert len(fig.axes) == 2 and "-, n = 0" in words(fig)
 
 
 def test_calibration_puts_each_filled_bin_where_its_voxels_lie():

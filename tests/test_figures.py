@@ -91,9 +91,9 @@ def test_search_heatmap_outlines_the_plateau_alone(grid):
 
 
 def test_other_figures_hold_their_cases(disc_case):
-    losses = dict(train_loss=[1, 0.5], val_loss=[1, 0.6])
+    losses = dict(train_loss=[1, 0.5], val_loss=[1, 0.6], focal=[1, 0.5], tissue=[1, 0.5])
     history = pd.DataFrame(dict(epoch=[1, 2], lr=[1e-3, 1e-4], val_dice=[0.3, 0.6], **losses))
-    assert [len(ax.lines) for ax in figures.training_curves(history).axes] == [2, 0, 2, 1]
+    assert [len(ax.lines) for ax in figures.training_curves(history).axes] == [2, 2, 2, 1]
     sides = ["train", "val", "test", "train"]
     split = pd.DataFrame(dict(case=list("abcd"), site=list("xxyy"), split=sides, lesion_ml=[0.0, 1, 2, 30]))
     assert sum(len(line.get_xdata()) for line in figures.split_figure(split).axes[0].lines) == 4

@@ -29,11 +29,10 @@ def network(name, channels=1, seed=0):
     return build(Volume(network=name), channels)
 
 
-@pytest.mark.parametrize("name, parameters, millions", [("attention", 5_654_968, (5.5, 5.9)), ("squeeze", 7_741_128, (7, 8)), ("mamba", 8_676_314, (8, 10))])
-def test_networks_have_the_parameters_they_are_said_to_have(name, parameters, millions):
+@pytest.mark.parametrize("name, parameters", [("attention", 5_654_968), ("squeeze", 7_741_128), ("mamba", 8_676_314)])
+def test_networks_have_the_parameters_they_are_said_to_have(name, parameters):
     with torch.device("meta"):
-        found = sum(p.numel() for p in build(Volume(network=name), 1).parameters())
-    assert found == parameters and millions[0] <= 1e-6 * found <= millions[1]
+        assert sum(p.numel() for p in build(Volume(network=name), 1).parameters()) == parameters
 
 
 @each_network

@@ -169,7 +169,7 @@ class Patient:
         return keep * (1 - white), keep * white
 
     def lesions(self, white: torch.Tensor, voxel: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lesion fraction and how deep inside a lesion, up to 1, below 0 outside, where it says how nearly white matter became lesion. A score falls with the distance to the ventricles
+        """Lesion fraction, and depth: up to 1 inside a lesion, below 0 outside, where it says how near white matter was to becoming one. A score falls with the distance to the ventricles
         (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this patient in
         voxels of `voxel` mm3."""
         height = self.points[..., 2]

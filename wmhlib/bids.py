@@ -135,8 +135,11 @@ def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
     Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind, or a folder with
     files of these names or with datasets in it.
     """
-    strange = sorted(path.name for path in out.glob("*") if path.name in ("README", ".bidsignore", INDEX) or os.path.exists(path / _DESCRIPTION)
-                     or not path.name.startswith("sub-") and any(path.glob("sub-*")))  # read first: another process may be writing
+    def is_strange(path: Path) -> bool:
+        holds_subjects = not path.name.startswith("sub-") and any(path.glob("sub-*"))
+        return path.name in ("README", ".bidsignore", INDEX) or os.path.exists(path / _DESCRIPTION) or holds_subjects
+
+    strange = sorted(path.name for path in out.glob("*") if is_strange(path))  # read first: another process may be writing
     before = (out / _DESCRIPTION).read_bytes() if (out / _DESCRIPTION).exists() else b""
     other = next((some.lesions for some in (WMH, STROKE) if some != kind and f'"Name": "{some.lesions}"'.encode() in before), "")
     if other:

@@ -44,8 +44,7 @@ def find(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[d
                  and not (contrast == "t1" and path in on_flair)]
         for flair in scans:
             beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
-            t1 = [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
-            t1 = t1 if contrast == "flair" else []
+            t1 = [] if contrast == "t1" else [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
             case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, dataset.name)
             rows.append(candidate(

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, LogLocator
 from . import agreement
 from .evaluation import SYSTEMS
 from .figures import BLUE, GREEN, LEGEND, MARKERS, ORANGE, POINTS, SKY, VERMILLION, page
+from .report import interval
 
 _LABEL = 0.13  # of an axis' height: a label of two lines
 _SYSTEMS = list(zip((BLUE, ORANGE, GREEN, SKY), "os^D"))
@@ -65,9 +66,9 @@ def _times(log2_ratio: float) -> str:
 def _agreement_lines(table: pd.DataFrame, above_zero: int) -> list[str]:
     """The figures of agreement, each by its full name."""
     r2, single = agreement.r_squared(table.reference, table.result), agreement.icc(table.reference, table.result)
-    lines = [f"n = {len(table)}", f"R² about identity {_number(r2['identity'], 3)}",
-             f"R² of the fitted line {_number(r2['fit'], 3)}",
-             f"ICC(2,1) {_words(single['icc21'], *single['icc21_ci'], digits=3)}"]
+    lines = [f"n = {len(table)}", f"R² about identity {interval(r2['identity'], np.nan, np.nan, 3)}",
+             f"R² of the fitted line {interval(r2['fit'], np.nan, np.nan, 3)}",
+             f"ICC(2,1) {interval(single['icc21'], *single['icc21_ci'], 3)}"]
     if above_zero < len(table):
         lines.append(f"left out of the log panel\n(a volume of 0 mL): {len(table) - above_zero} of {len(table)}")
     return lines
@@ -96,14 +97,6 @@ def _limits(ax, found: dict, write) -> None:
         ax.text(1.01, places[name], f"{label}\n{write(found[name])}", va="center", color=colour, fontsize=9, transform=ax.get_yaxis_transform())
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if np.isfinite(value) else "none"
-
-
-def _words(mean: float, low: float, high: float, digits: int = 2) -> str:
-    return _number(mean, digits) + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else "")
-
-
 def _beside(ax, place: float, words: str) -> None:
     ax.text(1.02, place, words, va="center", fontsize=9, transform=ax.get_yaxis_transform())
 
@@ -118,7 +111,7 @@ def _group(ax, place: float, values, colour: str, marker: str, seed: int, label:
             **POINTS | dict(markersize=6 if len(values) < 30 else 4))
     if len(values) > 1:
         ax.plot([low, mean, high], [place + 0.32] * 3, **_MEAN)
-    _beside(ax, place, f"{_words(mean, low, high)}, n = {len(values)}")
+    _beside(ax, place, f"{interval(mean, low, high, 2)}, n = {len(values)}")
 
 
 def _rows(ax, names, places, bottom: float) -> None:
@@ -172,7 +165,7 @@ def strata_figure(metrics: pd.DataFrame, lesions: pd.DataFrame, zones: pd.DataFr
         by_size.plot(shares, places, color=colour, marker=marker, label=f"{share} (of {total} lesions)",
                      **POINTS | dict(markersize=8))
         for place, *row in zip(places, shares, sizes[share + "_low"], sizes[share + "_high"], sizes[total]):
-            _beside(by_size, place, f"{_words(*row[:3])}, n = {row[3]}")
+            _beside(by_size, place, f"{interval(*row[:3], 2)}, n = {row[3]}")
     _rows(by_size, sizes["size"].str.replace("mm3", "mm³"), sizes.index, len(sizes) - 0.4)
     by_size.set_title("Lesion recall and precision by lesion size", loc="left")
     keys = [by_case[0].get_legend_handles_labels()[0][0], *by_size.get_legend_handles_labels()[0], _MEAN_KEY]
@@ -192,7 +185,7 @@ def calibration_figure(calibration: pd.DataFrame, seed: int = 42) -> Figure:
     ax.plot([0, 1], [0, 1], color="0.4", linewidth=1, label="calibrated")
     ax.plot(filled.probability, filled.lesion, color=BLUE, marker="o", markersize=6, label=f"observed (n = {error['n']})")
     ax.set(ylabel="share of voxels that are lesion", xlim=(-0.01, 1.01), ylim=(-0.01, 1.03))
-    ax.text(0.98, 0.04, "\n".join(f"{name} {_words(error[key], *error[key + '_ci'], digits=4)}" for name, key in
+    ax.text(0.98, 0.04, "\n".join(f"{name} {interval(error[key], *error[key + '_ci'], 4)}" for name, key in
                                   (("ECE", "ece"), (f"ECE from {1 / agreement.BINS:.2f} up", "ece_found"), ("Brier", "brier"))), ha="right", transform=ax.transAxes, linespacing=1.5)
     ax.legend(loc="upper left", **LEGEND)
     strip.bar((filled.bin + 0.5) / agreement.BINS, filled.voxels, width=0.9 / agreement.BINS, color="0.55")

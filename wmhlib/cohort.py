@@ -14,12 +14,11 @@ import torch
 
 from . import images, layouts, nifti, volumes
 from .errors import InputError, listed, some
-from .naming import natural
+from .naming import ROLES, natural
 from .sections import Inputs, Volume
 from .volumetric.boxes import box_labels, place_box
 
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
-_FILES = ("flair", "t1", "mask", "ventricles")
 _THICK_MM, _ANISOTROPY = 8.0, 6.0  # from here on a scan's slices count as thick, its voxels as long
 _EXTENT_MM = (80.0, 140.0, 140.0)  # a head's height, width and length are longer
 _MOST_ML = {"flair": 200.0, "t1": 500.0}  # of lesion, in the worst of cases: white matter, stroke
@@ -37,7 +36,7 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
     Raises InputError, with every case it concerns, for no labelled case, two files for one role, two cases of one name or file.
     """
     contrast = _contrast(inputs)
-    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), _FILES, place, inputs)
+    cases = _resolved(images.candidates(place) if images.is_set(place) else layouts.candidates(place, True, contrast), ROLES, place, inputs)
     unlabelled = cases.loc[cases["mask"] == "", "flair"]
     if len(unlabelled):
         print(f"left out {len(unlabelled)} scans without a mask: {some(unlabelled)}", flush=True)
@@ -52,7 +51,7 @@ def find_cases(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:
         print(f"{len(shared)} subjects have scans at several sites, each taken as one person: {some(shared)}", flush=True)
     cases["origin"] = ["synthetic" if any((folder / SYNTHETIC_NOTE).exists() for folder in Path(flair).parents) else "real"
                        for flair in cases["flair"]]
-    return cases[["case", "subject", "site", *_FILES, "group", "origin"]]
+    return cases[["case", "subject", "site", *ROLES, "group", "origin"]]
 
 
 def find_scans(place: str | Path, inputs: Inputs | None = None) -> pd.DataFrame:

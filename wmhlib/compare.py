@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
 from .files import read_table, write_table
-from .metrics import SCORES, challenge_scores, reference_parts, volume_ml
+from .metrics import SCORES, case_scores
 from .presets import planned
 from .report import missing_scores
 from .sections import LOW_RANK
@@ -146,9 +146,7 @@ def score_cases(engine: WMHInferenceEngine, cases: pd.DataFrame, name: str, seed
         case = load_case(row.flair, row.t1, row.mask, engine.recipe.inputs)
         found = engine.predict(case, use_tta=name == BASELINE)
         for system, prob in ((name, found.prob), *([(TTA, found.prob_tta)] if name == BASELINE else [])):
-            mask, (lesion, ignored), spacing = prob >= 0.5, reference_parts(case.mask), case.volume.spacing
-            rows.append(dict(system=system, seed=seed, case=row.case, site=row.site) | challenge_scores(case.mask, mask, spacing)
-                        | dict(reference_ml=volume_ml(lesion, spacing), result_ml=volume_ml(mask & ~ignored, spacing)))
+            rows.append(dict(system=system, seed=seed, case=row.case, site=row.site) | case_scores(case.mask, prob >= 0.5, case.volume.spacing))
     return pd.DataFrame(rows)
 
 

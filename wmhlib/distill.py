@@ -29,6 +29,7 @@ from .pretext import draw_parts
 from .promptable import draw_prompts
 from .settings import merge
 from .slicestore import CaseSlices
+from .tasks import cut
 from .teacher import Distillation, Teacher
 from .trained import half, tensors_bytes
 from .workspace import RunFolder, stable_seed
@@ -171,8 +172,7 @@ class _Job:
         """The losses on validation slices and the Dice of their masks, always at the same prompts."""
         self.student.eval()
         generator, sums, dice = torch.Generator().manual_seed(stable_seed(self.settings.seed, "validation")), torch.zeros(3, dtype=torch.float64), []
-        for first in range(self.checked.start, self.checked.stop, self.settings.training.batch_size):
-            some = list(range(first, min(first + self.settings.training.batch_size, self.checked.stop)))
+        for some in cut(list(self.checked), self.settings.training.batch_size):
             losses, masks = self._losses(some, generator)
             sums += len(some) * torch.stack(losses).double().cpu()
             if masks:
@@ -201,8 +201,11 @@ class _Job:
             with torch.no_grad():
                 teacher = self.teacher.promptable(target, prompts)[0]
         mask = mask_loss(student, teacher, settings.temperature)
-        masks = tuple(_resized(x.detach().float(), objects.shape[-1])[:, 0] > 0 for x in (student, teacher)) if not self.student.training else ()
-        return [settings.alpha * feature + (1 - settings.alpha) * mask, feature, mask], (*masks, objects.to(self.device)) if masks else None
+        losses = [settings.alpha * feature + (1 - settings.alpha) * mask, feature, mask]
+        if self.student.training:
+            return losses, None
+        found = (_resized(x.detach().float(), objects.shape[-1])[:, 0] > 0 for x in (student, teacher))
+        return losses, (*found, objects.to(self.device))
 
     def _slices(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Images B x C x S x S and labels B x 1 x S x S of items, mirrored where they are."""

@@ -16,8 +16,6 @@ from .errors import InputError
 from .files import atomic, read_json, write_atomic
 from .medsam import CHANNELS
 
-_NAMES = ("teacher", "px", "data")
-
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -62,8 +60,8 @@ def _unfit(path: Path, about: Path, key: dict, count: int) -> str:
             return f"holds {found} embeddings where {count} are needed"
     except (InputError, KeyError, TypeError, ValueError, OSError):
         return "is damaged"
-    differing = [name for name in (*_NAMES, *key) if kept.get(name) != key.get(name)]
-    return f"is of another {' and '.join(dict.fromkeys(differing))}" if differing else ""
+    differing = [name for name, value in key.items() if kept.get(name) != value]
+    return f"is of another {' and '.join(differing)}" if differing else ""
 
 
 def _compute(path: Path, count: int, compute: Callable[[range], Tensor], batch: int, progress: bool) -> tuple[np.ndarray, np.ndarray]:

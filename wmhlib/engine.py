@@ -149,7 +149,7 @@ class WMHInferenceEngine:
             yield {"case": row.case, "site": row.site, "split": split, "spacing": case.volume.spacing,
                    "affine": case.volume.affine, "volume": case.volume, "flair": case.volume.data, "flair_z": contrast, "normalised": case.images,
                    "inner": case.inner, "reference": case.mask, "prob": prediction.prob, "prob_tta": prediction.prob_tta,
-                   "ventricles": load_ventricles(row.ventricles, case.volume), "grid": case.grid, "image": self.recipe.inputs.images}
+                   "ventricles": load_ventricles(getattr(row, "ventricles", ""), case.volume), "grid": case.grid, "image": self.recipe.inputs.images}
 
 
 def plain_dice(row, segment: Callable[[Case], np.ndarray], inputs: Inputs) -> float:

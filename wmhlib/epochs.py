@@ -58,7 +58,7 @@ class Job:
         """How slices, or volumes, are drawn and scored."""
         return task_of(self.recipe)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]:
         with self.accelerator.autocast():
             return self.network(images)
 

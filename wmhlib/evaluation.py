@@ -17,7 +17,7 @@ from .files import write_table
 from .images import is_image
 from .metrics import (
     bounding_box,
-    challenge_scores,
+    case_scores,
     chosen,
     components,
     mask_at,
@@ -100,22 +100,19 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
         masks, (lesion, ignored) = system_masks(case, point, operating), reference_parts(case["reference"])
         if "zero_shot" in case:
             masks[ZERO_SHOT] = case["zero_shot"]
-        scores = {system: challenge_scores(case["reference"], mask, spacing) for system, mask in masks.items()}
-        counted = {system: mask & ~ignored for system, mask in masks.items()}
-        own, dsc, reference_ml = counted[SYSTEMS[0]], scores[SYSTEMS[0]]["dsc"], volume_ml(lesion, spacing)
+        scores = {system: case_scores(case["reference"], mask, spacing) for system, mask in masks.items()}
+        own, first = masks[SYSTEMS[0]] & ~ignored, scores[SYSTEMS[0]]
         near = periventricular(case.get("ventricles"), spacing)
         unsure = case_uncertainty(case["prob"], case["prob_tta"])
         found = dict(
-            metrics=[dict(system=system, **scores[system], reference_ml=reference_ml, result_ml=volume_ml(mask, spacing))
-                     for system, mask in counted.items()],
+            metrics=[dict(system=system) | row for system, row in scores.items()],
             lesions=_lesions(lesion, own, near, spacing), zones=_zones(lesion, own, near, spacing),
             calibration=_calibration(case, chosen(case["prob"], case["prob_tta"], point)),
-            uncertainty=[dict(dsc=dsc, entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
+            uncertainty=[dict(dsc=first["dsc"], entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
                               unsure=unsure > point["unsure_above"])])
         for name, some in found.items():
             rows[name] += [who | row for row in some]
-        result_ml = found["metrics"][0]["result_ml"]
-        gallery.append(gallery_row(case, masks[SYSTEMS[0]], dsc) | dict(reference_ml=reference_ml, result_ml=result_ml))
+        gallery.append(gallery_row(case, masks[SYSTEMS[0]], first["dsc"]) | {name: first[name] for name in ("reference_ml", "result_ml")})
     if not gallery:
         raise InputError("no case to evaluate: expected at least one with a reference mask")
     return Evaluation(**{name: pd.DataFrame(rows[name], columns=TABLES[name]) for name in TABLES}, gallery=gallery)
@@ -207,9 +204,7 @@ def score_files(flair: str | Path, reference: str | Path, result: str | Path) ->
     """The challenge's five scores and both volumes (mL, other pathology in neither) of a mask file, lesion where it is not 0, against its
     reference, both on the grid of `flair`."""
     scan = load_volume(flair)
-    reference, result = load_mask(reference, scan), load_mask(result, scan) > 0
-    return challenge_scores(reference, result, scan.spacing) | {
-        "reference_ml": volume_ml(reference, scan.spacing), "result_ml": volume_ml(result & (reference != 2), scan.spacing)}
+    return case_scores(load_mask(reference, scan), load_mask(result, scan) > 0, scan.spacing)
 
 
 def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:

@@ -4,6 +4,7 @@ readers and in grey."""
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -70,13 +71,14 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, its parts, validation Dice and learning rate over `epoch`; columns that are not there are left out."""
     fig, axes = page(2, 2, (8, 5.6), sharex=True)
     panels = {"Loss": dict(train_loss="training", val_loss="validation"),
-              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", tversky="Tversky", scales="scales", edges="borders' map"),
+              "Parts of the training loss": dict(focal="focal", dice="Dice", boundary="boundary", tversky="Tversky", scales="scales", edges="borders' map",
+                                                tissue="tissues", prompts="prompts", orthogonality="orthogonality"),
               "Validation Dice at 0.5": dict(val_dice="validation"), "Learning rate": dict(lr="learning rate")}
     for ax, (title, columns) in zip(axes.flat, panels.items()):
-        for (colour, marker), (column, label) in zip(MARKERS, columns.items()):
-            if column in history:
-                line = history[["epoch", column]].dropna()
-                ax.plot(line.epoch, line[column], color=colour, marker=marker, markersize=3.5, label=label)
+        shown = {column: label for column, label in columns.items() if column in history}
+        for (colour, marker), (column, label) in zip(itertools.cycle(MARKERS), shown.items()):
+            line = history[["epoch", column]].dropna()
+            ax.plot(line.epoch, line[column], color=colour, marker=marker, markersize=3.5, label=label)
         ax.set_title(title, loc="left")
         if len(ax.lines) > 1:
             ax.legend(**LEGEND)

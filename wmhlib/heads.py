@@ -19,7 +19,7 @@ from scipy import ndimage
 from .errors import InputError
 from .sections import Inputs
 from .threads import one_thread
-from .volumes import load_case
+from .volumes import largest_part, load_case
 
 HEAD_ORIGIN, _HEAD_SHAPE = (-112, -150, -180), (226, 280, 312)  # mm
 _SIGMAS = (8.0, 4.0, 2.0)  # mm, of the blur that the registration begins and ends with
@@ -55,7 +55,7 @@ def brain_of(path: str | Path) -> Brain:
     case, mean = load_case(path, inputs=Inputs(modalities=("t1",))), mni152()
     image, affine = np.maximum(case.volume.data, 0), case.volume.affine
     level = _white_level(image[case.inner])
-    moving = _largest(ndimage.binary_opening(case.inner & (abs(image / level - 1) < _PURE)))
+    moving = largest_part(ndimage.binary_opening(case.inner & (abs(image / level - 1) < _PURE)))
     to_scan, alike = np.eye(4), 0.0
     if moving.any():
         with one_thread():
@@ -80,7 +80,7 @@ def brain_of(path: str | Path) -> Brain:
     white, matter = (np.clip((image - low - 0.1 * (high - low)) / (0.8 * (high - low)), 0, 1) for low, high in ((cortex, 1), (fluid, cortex)))
 
     room = (matter > 0.5) & (image < 1.3) & ndimage.binary_dilation(mean.inside, iterations=4)
-    core = _largest(ndimage.binary_erosion(room, iterations=2))  # without the dura
+    core = largest_part(ndimage.binary_erosion(room, iterations=2))  # without the dura
     room &= ndimage.binary_dilation(core, iterations=3)
     inside = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(room, 8), iterations=6)[8:-8, 8:-8, 8:-8])
     rim = ndimage.binary_dilation(room)
@@ -120,8 +120,3 @@ def _register(moving: np.ndarray, affine: np.ndarray, fixed: np.ndarray, origin:
     matrix, turn = np.eye(4), turn.detach()
     matrix[:3, :3], matrix[:3, 3] = turn.numpy(), (there + shift.detach() - turn @ here).numpy()
     return matrix, alike.item()
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    parts, _ = ndimage.label(mask)
-    return parts == 1 + np.bincount(parts.flat, minlength=2)[1:].argmax()

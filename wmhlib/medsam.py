@@ -48,9 +48,13 @@ class Attention(nn.Module):
             return self.proj(self._attend(qkv, qkv))
         # SAM pads the map with zeros, whose keys and values are one and the same vector: only tokens of the map are projected and ask.
         padding, strips = self.qkv(x.new_zeros(x.shape[-1])), []
+
+        def within(rows: slice, columns: slice) -> Tensor:
+            part = _to_windows(qkv[:, rows, columns], window)
+            return _from_windows(self._attend(part, _pad(part, window, padding)), len(x), rows.stop - rows.start)
+
         for rows in _cut(x.shape[1], window):
-            parts = [_to_windows(qkv[:, rows, columns], window) for columns in _cut(x.shape[2], window)]
-            strips.append(torch.cat([_from_windows(self._attend(part, _pad(part, window, padding)), len(x), rows.stop - rows.start) for part in parts], 2))
+            strips.append(torch.cat([within(rows, columns) for columns in _cut(x.shape[2], window)], 2))
         return self.proj(torch.cat(strips, 1))
 
     def _attend(self, asking: Tensor, asked: Tensor) -> Tensor:

@@ -64,12 +64,12 @@ class Story:
     def of(cls, run: RunFolder, evaluated: RunFolder, counts: dict) -> Story:
         """Reads the files of both folders; MissingStepError names the notebook whose file is missing."""
         mine, theirs = run.cases(), evaluated.cases()
-        history = read_table(run.need(run.history_csv, "03_train"))
-        return cls(run.recipe(), run.point(), mine,
-                   theirs[theirs.split == "test"], *(describe(cases, run.recipe().inputs) for cases in (theirs, mine)), int(history.epoch.max()),
-                   int(history.loc[history.val_dice.idxmax(), "epoch"]) if history.val_dice.notna().any() else int(history.epoch.max()),
-                   counts, evaluated.path != run.path, run.earlier(),
-                   evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
+        history, recipe = read_table(run.need(run.history_csv, "03_train")), run.recipe()
+        last = int(history.epoch.max())
+        best = int(history.epoch[history.val_dice.idxmax()]) if history.val_dice.notna().any() else last
+        return cls(recipe=recipe, point=run.point(), trained_on=mine, evaluated=theirs[theirs.split == "test"], data=describe(theirs, recipe.inputs),
+                   source=describe(mine, recipe.inputs), epochs=last, best_epoch=best, counts=counts, external=evaluated.path != run.path,
+                   earlier=run.earlier(), zero_shot=evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
@@ -194,8 +194,9 @@ def _normalised(recipe: Recipe) -> str:
 
 
 def _network(recipe: Recipe, counts: dict) -> str:
+    frozen, packed = "frozen, " * (recipe.adapter.method != "full"), "in NF4 (Dettmers et al. 2023), " * (recipe.encoder.bits == 4)
     return (f"The network was a vision transformer of the architecture of SAM's image encoder (Kirillov et al. 2023; {recipe.encoder.depth} blocks of width "
-            f"{recipe.encoder.dim}; {_base(recipe)}), {'frozen, ' if recipe.adapter.method != 'full' else ''}{'in NF4 (Dettmers et al. 2023), ' if recipe.encoder.bits == 4 else ''}with {_adapter(recipe)}, "
+            f"{recipe.encoder.dim}; {_base(recipe)}), {frozen}{packed}with {_adapter(recipe)}, "
             f"and a convolutional decoder with outputs at four scales{', fed by a convolutional branch from the image' if recipe.skip else ''}; "
             f"{counts['trainable']:,} of {counts['total']:,} parameters ({counts['share_percent']:.1f} %) were trained")
 

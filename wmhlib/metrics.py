@@ -56,6 +56,13 @@ def challenge_scores(reference: np.ndarray, result: np.ndarray, spacing) -> dict
     return dict(dsc=dsc, hd95=hd95, avd=avd, recall=recall, f1=f1)
 
 
+def case_scores(reference: np.ndarray, result: np.ndarray, spacing) -> dict[str, float]:
+    """`challenge_scores` of a boolean `result`, and the volumes of both in mL (`reference_ml`, `result_ml`), other pathology in neither."""
+    lesion, ignored = reference_parts(reference)
+    return challenge_scores(reference, result, spacing) | dict(
+        reference_ml=volume_ml(lesion, spacing), result_ml=volume_ml(result & ~ignored, spacing))
+
+
 def _share_hit(mask: np.ndarray, both: np.ndarray) -> float:
     """Share of the components of `mask` with a voxel in `both`; 1 where there is none to hit."""
     at, labels, count = components(mask)

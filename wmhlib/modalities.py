@@ -35,7 +35,6 @@ from .trained import read_tensors, tensors_bytes
 from .workspace import RunFolder
 
 CONFIG, ADAPTER, DECODER = "adapter_config.json", "adapter_model.safetensors", "decoder.safetensors"
-NAMES = ("flair", "t1", "ct", "ultrasound")
 RANKS = f"adapter.method=lora adapter.rank_attention={RANK} adapter.rank_mlp={RANK}"
 _NEW = "default"  # the adapter that a WMHNet has: here the place where a state is checked before it gets its name
 
@@ -137,7 +136,7 @@ class Modalities:
                                   "give the checkpoint that it was trained on")
 
 
-def train(folder: str | Path, base: Recipe, names: tuple[str, ...] = NAMES, overrides: str = "", progress: bool = True) -> pd.DataFrame:
+def train(folder: str | Path, base: Recipe, names: tuple[str, ...], overrides: str = "", progress: bool = True) -> pd.DataFrame:
     """Train an adapter for each of `names` on synthetic heads of that contrast (`sections.SCANNERS`), or go on where that stopped.
 
     `base` is a recipe with synthetic cases: its encoder is the base, LoRA of rank 8 (unless `overrides` say otherwise) and the

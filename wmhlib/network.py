@@ -231,7 +231,8 @@ def budget_table() -> str:
     lines = ["| preset | encoder | LoRA | decoder, channel adapter, skip | trainable | share of all | trained weights, fp32 |",
              "|---|---|---|---|---|---|---|"]
     for name in (name for name, recipe in PRESETS.items() if recipe.adapter.method == "lora"):
-        counts = budget(WMHNet(preset(name)))
+        with torch.device("meta"):  # sizes are all it takes
+            counts = budget(WMHNet(preset(name, "encoder.checkpoint=")))
         rest = counts["decoder"] + counts["channel_adapter"] + counts["skip"]
         lines.append(f"| {name} | {counts['encoder']:,} | {counts['adapter']:,} | {rest:,} | {counts['trainable']:,} | "
                      f"{counts['share_percent']:.2f} % | {counts['trainable_mb_fp32']:.1f} MB |")

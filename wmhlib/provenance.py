@@ -56,7 +56,10 @@ def _is_complete(sidecar: dict) -> bool:
     kinds = {"FLAIR": str, "MadeWith": dict, "Result": dict, "Files": dict}
     if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
         return False
+
+    def number(value) -> bool:
+        return type(value) in (int, float) and not abs(value) > 1e9
+
     result, point = sidecar["Result"], [sidecar["MadeWith"].get(key) for key in POINT]
-    numbers = [result.get(key) for key in ("lesions", "volume_ml", "uncertainty")]
-    return (type(numbers[0]) is int and all(type(number) in (int, float) for number in numbers) and type(result.get("unsure")) in (bool, type(None))
-            and all(type(value) in (int, float, bool, type(None)) for value in point) and not any(abs(value or 0) > 1e9 for value in numbers + point))
+    return (type(result.get("lesions")) is int and all(number(result.get(key)) for key in ("lesions", "volume_ml", "uncertainty"))
+            and type(result.get("unsure")) in (bool, type(None)) and all(type(value) in (bool, type(None)) or number(value) for value in point))

@@ -6,6 +6,7 @@ suffer partial volume as in a thick-slice scan. Lengths are in mm, intensities i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,7 +159,11 @@ class Scan:
             return outside < 1
         if uniform(0, 1) > self.site.defaced:
             return torch.ones_like(outside, dtype=torch.bool)
-        y, z = self.pool(patient.points[..., 1]), self.pool(patient.points[..., 2])
+        return self.without_face(outside, uniform)
+
+    def without_face(self, outside: torch.Tensor, uniform: Callable[[float, float], float]) -> torch.Tensor:
+        """Voxels that defacing leaves; `outside`: mm to the brain."""
+        y, z = (self.pool(self.patient.points[..., axis]) for axis in (1, 2))
         return (y - uniform(0.2, 0.6) * (z + 20) < uniform(62, 80)) | (z > 5) | (outside < 6)
 
     def image(self, image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -171,8 +176,7 @@ class Scan:
         image *= torch.exp((self.pool(patient.field(90)) * uniform(0.2, 1) * self.site.bias).clamp_(-1, 1))
         sigma = uniform(*self.site.noise)
         real, imaginary = (sigma * torch.randn(self.shape, generator=patient.generator) for _ in range(2))
-        margin = np.clip(np.arange(self.shape[0]) - self.columns[0], 0, len(self.columns) - 1)
-        return torch.hypot(self.whole(image) + real, imaginary) * keep[margin] * patient.log_uniform(1, 2000)
+        return torch.hypot(self.whole(image) + real, imaginary) * self.over_air(keep) * patient.log_uniform(1, 2000)
 
     def whole(self, volume: torch.Tensor) -> torch.Tensor:
         """`volume` (columns of `self.columns`) on the site's whole field of view."""
@@ -182,10 +186,18 @@ class Scan:
 
     def around_brain(self, part: torch.Tensor) -> torch.Tensor:
         """Slices of the part of the grid that holds the brain, on the whole field of view."""
+        columns = torch.zeros(len(self.columns), *self.shape[1:], dtype=part.dtype)
+        columns[self.slices()] = part
+        return self.whole(columns)
+
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Columns, rows and slices of the part of the grid that holds the brain."""
         x, y, z = self.patient.inner.box
-        full = torch.zeros(self.shape, dtype=part.dtype)
-        full[self.columns[x], y, z.start // self.site.sub : z.stop // self.site.sub] = part
-        return full
+        return x, y, slice(z.start // self.site.sub, z.stop // self.site.sub)
+
+    def over_air(self, keep: torch.Tensor) -> torch.Tensor:
+        """`keep` on the whole field of view, its outermost columns repeated."""
+        return keep[np.clip(np.arange(self.shape[0]) - self.columns[0], 0, len(self.columns) - 1)]
 
     def finish(self, volume: torch.Tensor) -> np.ndarray:
         """From RAS to the site's own order of voxels."""

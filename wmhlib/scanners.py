@@ -78,7 +78,7 @@ class RandomScan(Scan):
         tissue = torch.tensor([0, CSF_LABEL, BONE_LABEL, BONE_LABEL, *[SOFT_LABEL] * 6], dtype=torch.uint8)[
             anatomy.labels[..., self.site.sub // 2 :: self.site.sub].int()]
         inside, matter = self.pool(anatomy.inside.float()) > 0.5, torch.stack([1 - grey - white, grey, white]).argmax(0)
-        tissue[self._slices()][inside] = (CSF_LABEL + matter[inside]).to(torch.uint8)
+        tissue[self.slices()][inside] = (CSF_LABEL + matter[inside]).to(torch.uint8)
         return Acquisition(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine(),
                            self.finish(self.whole(tissue * keep)))
 
@@ -131,8 +131,7 @@ class RandomScan(Scan):
             return outside + uniform(0, 1.2) * self.pool(patient.fine) < uniform(-1.5, 3)
         if fate < 0.75:
             return torch.ones_like(outside, dtype=torch.bool)
-        y, z = self.pool(patient.points[..., 1]), self.pool(patient.points[..., 2])
-        return (y - uniform(0.2, 0.6) * (z + 20) < uniform(62, 80)) | (z > 5) | (outside < 6)
+        return self.without_face(outside, uniform)
 
     def image(self, image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Receive field, what the k-space of each slice lacks or repeats, noise, gamma and an arbitrary scale."""
@@ -144,8 +143,7 @@ class RandomScan(Scan):
         sigma = uniform(*contrast.noise)
         noise = torch.complex(*(sigma * torch.randn(image.shape, generator=patient.generator) for _ in range(2)))
         image = (torch.fft.ifft2(torch.fft.fft2(image, dim=(0, 1)) * self._transfer()[..., None], dim=(0, 1)) + noise).abs()
-        margin = np.clip(np.arange(self.shape[0]) - self.columns[0], 0, len(self.columns) - 1)
-        return image ** uniform(0.75, 1.3) * keep[margin] * np.exp(uniform(0, np.log(2000)))
+        return image ** uniform(0.75, 1.3) * self.over_air(keep) * np.exp(uniform(0, np.log(2000)))
 
     def _transfer(self) -> torch.Tensor:
         """What of each spatial frequency arrives: less of the high ones (blur), none beyond the matrix acquired (Gibbs ringing),
@@ -165,10 +163,6 @@ class RandomScan(Scan):
         rayleigh = torch.complex(*(torch.randn(image.shape, generator=generator) for _ in range(2))).abs() / 1.25
         depth = torch.linspace(0, 1, image.shape[1])[:, None] * uniform(0.2, 1)
         return torch.log1p(4 * image * (1 + uniform(0.2, 0.5) * (rayleigh - 1)) * torch.exp(-depth)) / np.log(5)
-
-    def _slices(self) -> tuple[slice, slice, slice]:
-        x, y, z = self.patient.inner.box
-        return x, y, slice(z.start // self.site.sub, z.stop // self.site.sub)
 
 
 def _site(rng: np.random.Generator, own: bool) -> Site:

@@ -64,7 +64,7 @@ def fullest(mask: np.ndarray) -> int:
 
 
 def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> None:
-    """A FLAIR slice in grey (`window`); `dim` below 1 darkens all of it;
+    """A slice in grey (`window`); `dim` below 1 darkens all of it;
     `name` stands in a lower corner."""
     low, high = window(image)
     ax.imshow(image, cmap="gray", vmin=low, vmax=low + max(high - low, 1e-6) / dim, aspect=spacing[0] / spacing[1],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .anatomy import CSF, FAT
 from .scan import T1, Acquisition, Anatomy, Scan, Site
+from .volumes import largest_part
 
 SITES = {
     "R001": Site("R001", (192, 224, 176), (1.0, 1.0, 1.0), (1, 1, 1), centre=8, thickness=(0, 0), grey=(0.6, 0.72), fat=(1.4, 2.1),
@@ -127,8 +128,7 @@ class StrokeScan(Scan):
         """Where `score` is highest in `room`: the largest connected part of the `ml` mL that lead."""
         wanted = min(max(1, round(1000 * ml / self.voxel)), max(1, int(room.sum()) // 2))
         score = score.masked_fill(~room, -torch.inf)
-        parts, _ = ndimage.label((score >= score.flatten().kthvalue(score.numel() - wanted + 1).values).numpy(), np.ones((3, 3, 3)))
-        return parts == 1 + np.bincount(parts.flat)[1:].argmax()
+        return largest_part((score >= score.flatten().kthvalue(score.numel() - wanted + 1).values).numpy(), np.ones((3, 3, 3)))
 
     def infarcted(self, mask: np.ndarray, kind: str) -> Stroke:
         """What has become of the tissue in `mask`: cavities away from its edge, gliosis that fades at it."""

@@ -175,6 +175,7 @@ def notebook_text(source: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns 1 where a WMHError stopped it."""
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "stroke", "benchmark", "notebooks"))
     parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "

@@ -75,8 +75,12 @@ def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "
     for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
+
+    def named(kind: str, own: Encoder) -> Encoder:
+        return replace(ENCODERS[kind], bits=own.bits, random=own.random) if kind else own
+
     settings = PRESETS[preset]
-    encoder, student = (replace(ENCODERS[kind], bits=old.bits, random=old.random) if kind else old for kind, old in ((teacher_kind, settings.teacher), (student_kind, settings.student)))
+    encoder, student = named(teacher_kind, settings.teacher), named(student_kind, settings.student)
     if teacher:
         path = teacher if teacher == SHIPPED else str(Path(teacher).expanduser().absolute())
         encoder = replace(encoder, checkpoint=path, random=False)

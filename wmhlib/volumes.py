@@ -135,6 +135,12 @@ def _with_dark_air(data: np.ndarray) -> np.ndarray:
     return data if air - low < _DARKER * (high - air) else np.where(data == air, 0, data - darkest)
 
 
+def largest_part(mask: np.ndarray, structure: np.ndarray | None = None) -> np.ndarray:
+    """The largest connected part of a boolean array (by faces, unless `structure` says how else); nothing where there is none."""
+    parts, _ = ndimage.label(mask, structure)
+    return parts == 1 + np.bincount(parts.flat, minlength=2)[1:].argmax()
+
+
 def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Two boolean volumes: the head with its holes filled, and the part of it that scalp and skull do not reach."""
     (data,), spacing = reorient(volume.affine, "LPS", volume.data)
@@ -144,10 +150,9 @@ def _head(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     if dark > -_RINGING * bright:
         air = max(0.0, air)
     for share in _TISSUE:
-        parts, count = ndimage.label(coarse > air + share * (bright - air))
-        if count == 0:
+        head = largest_part(coarse > air + share * (bright - air))
+        if not head.any():
             raise InputError(f"{volume.path} shows no head: expected a FLAIR or T1w scan of the head")
-        head = parts == 1 + np.bincount(parts.flat)[1:].argmax()
         for z in range(head.shape[2]):
             head[..., z] = ndimage.binary_fill_holes(head[..., z])
         depth = ndimage.distance_transform_edt(head, sampling=spacing * step)

@@ -71,8 +71,7 @@ class RunFolder:
         there, here = _settings(self.recipe()), _settings(recipe)
         differing = [f"{name} is {there[name]!r} there and {here[name]!r} here" for name in here if there[name] != here[name]]
         if differing:
-            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise RecipeError(f"run folder {self.path} belongs to another recipe: {'; '.join(differing[:5])}{more}. "
+            raise RecipeError(f"run folder {self.path} belongs to another recipe: {some(differing)}. "
                               "Choose another run folder, or the settings of this one")
         return self
 

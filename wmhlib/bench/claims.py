@@ -107,7 +107,9 @@ def lineup(teacher: Encoder, student: Encoder, px: int, quick: bool = False, lar
     toy = Encoder(64, 2, 2, (1,), 4, 4, random=True)
     encoders = {name: toy if quick else ENCODERS[name] for name in ("vit_h", "vit_b")} | {"teacher": teacher, "student": student}
     every = ("fp32", "bf16", "nf4")
-    wanted = [("vit_b", 64, ("nf4",)), ("student", 64, ("fp32",))] if quick else [("vit_b", 256, every), ("vit_b", 512, every), ("student", 256, every), ("student", 512, ("fp32",))]
+    wanted = [("vit_b", 256, every), ("vit_b", 512, every), ("student", 256, every), ("student", 512, ("fp32",))]
+    if quick:
+        wanted = [("vit_b", 64, ("nf4",)), ("student", 64, ("fp32",))]
     wanted += [(name, 1024, ("fp32", "nf4")) for name in ("vit_b", "student")] * large
     pairs = [("vit_h", Subject(name, encoders[name], side, kind)) for name, side, kinds in wanted for kind in kinds]
     return encoders, pairs + [("teacher", Subject("student", student, px, kind)) for kind in ("fp32", "nf4")]
@@ -128,7 +130,9 @@ def claims(encoders: dict[str, Encoder], pairs: list[tuple[str, Subject]], repet
     native = native_precision("bf16", device) == "bf16"
     asked = {(name, s): Subject(name, encoders[name], s.px, "fp32" if s.precision == "fp32" or not native else "bf16", s.batch)
              for name, s in pairs if native or s.precision != "bf16"}
-    lines = [("", s) for s in dict.fromkeys(sorted(asked.values(), key=lambda s: (list(encoders).index(s.name), s.px, s.precision != "fp32")))] + list(asked)
+    order = list(encoders)
+    own = sorted(dict.fromkeys(asked.values()), key=lambda s: (order.index(s.name), s.px, s.precision != "fp32"))
+    lines = [("", s) for s in own] + list(asked)
     subjects = list(dict.fromkeys(s for _, s in lines))
     if progress:
         print(f"{len(subjects)} encoders in turns on {device}, {repetitions} times", flush=True)

@@ -23,6 +23,7 @@ from ..medsam import CHANNELS, PATCH
 from ..network import WMHNet
 from ..sections import LOW_RANK, Encoder
 from ..settings import Recipe
+from .table import alternate
 
 
 def windows(grid: int, window: int) -> list[tuple[int, int]]:
@@ -94,14 +95,7 @@ class _Convolutions(nn.Module):
 
 def fastest(work: Callable[[], object], repetitions: int) -> float:
     """Seconds of the fastest of several runs of `work`."""
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(alternate({"": work}, repetitions)[0][""])
 
 
 def machine(size: int = 2048, repetitions: int = 15, device: str | torch.device = "cpu") -> dict:

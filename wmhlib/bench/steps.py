@@ -96,7 +96,7 @@ class Step:
 
 def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, float]] | None = None) -> list[dict]:
     """The step against the straightforward one, the loader and the loss against the step. `memory`: of "ours" and "eager", as
-    `step_memory` gives it."""
+    `step_memories` gives it."""
     eager, ours = Step(recipe, "eager"), Step(recipe, "ours")
     what = f"batch {recipe.training.batch_size}, {recipe.inputs.img_size} px"
     times, _ = alternate({"eager": eager.run, "ours": ours.run}, repetitions)
@@ -109,11 +109,6 @@ def step_rows(recipe: Recipe, repetitions: int, memory: dict[str, dict[str, floa
             row(f"loader alone, {what}", times["ours"], loaders["ours"], 5, note="against our whole step, which holds it"),
             row(f"augmentation, {what}", loaders["eager"], loaders["ours"], note="in a batch, against one slice after the other with scipy"),
             row(f"loss on all scales, {what}", times["ours"], loss["ours"], 2, note="forward and backward, against our whole step: more than half would dominate")]
-
-
-def step_memory(recipe: Recipe, who: str) -> dict[str, float]:
-    """`step_memories` of one."""
-    return step_memories([recipe], who)[0]
 
 
 def step_memories(recipes: Sequence[Recipe], who: str) -> list[dict[str, float]]:
