@@ -12,7 +12,7 @@ from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.files import atomic, read_table, write_atomic, write_table
 from wmhlib.naming import natural
 from wmhlib.presets import preset
-from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, split_paths, stable_seed
+from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, stable_seed
 
 
 @pytest.fixture
@@ -72,13 +72,6 @@ def test_scans_and_masks_that_trained_or_chose_do_not_change_below_weights(run):
     more = pd.concat([cases.assign(mask_digest=["4", "5", "9"]), cases.tail(1).assign(case="new")], ignore_index=True)
     run.write_cases(more)
     assert read_table(run.cohort_csv).equals(more)
-
-
-def test_a_path_with_spaces_that_does_not_exist_is_not_taken_for_several(tmp_path):
-    (tmp_path / "b.nii").touch()
-    assert split_paths(f"{tmp_path / 'a.nii'} {tmp_path / 'b.nii'}") == [tmp_path / "a.nii", tmp_path / "b.nii"]
-    with pytest.raises(InputError, match="in quotes"):
-        split_paths(f"{tmp_path}/my scan.nii")
 
 
 def test_results_of_the_shipped_weights_never_lie_among_them(monkeypatch):

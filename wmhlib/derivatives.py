@@ -53,7 +53,7 @@ _DESCRIPTIONS = {
 def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = None) -> pd.DataFrame:
     """The scans that an argument names: a file, a folder (any layout of `cohort.find_scans`), a CSV table, or several.
 
-    A string that is no existing path is split as a shell would (`split_paths`). One file that does not exist, or some of several, stay in for
+    A string that is no existing path is split as a shell would (`split_paths`). A file that does not exist stays in, for
     `predict_scans` to report. `t1` goes with a single FLAIR; where `inputs` are T1 alone, a folder or table is searched for T1w scans.
     Columns: case, subject, session, site, flair, t1 (text, "" if unknown). A scan whose name says T1w (FLAIR, where `inputs` are T1 alone) is left out,
     and named. Raises InputError if nothing is left, for a T1 with more than one FLAIR or beside a T1w scan, and where `inputs` are those of images.

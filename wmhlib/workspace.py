@@ -179,15 +179,12 @@ class RunFolder:
 
 def split_paths(text: str | Path) -> list[Path]:
     """The paths that `text` names: one that exists, or several as a shell would split them (in quotes where one has spaces). InputError for what
-    cannot be split, and for several of which none exists."""
+    cannot be split."""
     try:
         names = [text] if isinstance(text, Path) or text and os.path.exists(os.path.expanduser(text)) else shlex.split(text)
     except ValueError as error:
         raise InputError(f"{text} cannot be split into paths ({error}): put a path with spaces in quotes") from None
-    paths = [Path(name).expanduser() for name in names if str(name)]
-    if len(paths) > 1 and not any(map(os.path.exists, paths)):
-        raise InputError(f"{text} does not exist, nor do the {len(paths)} paths it would be split into: mend it, or put paths with spaces in quotes")
-    return paths
+    return [Path(name).expanduser() for name in names if str(name)]
 
 
 def run_folders(text: str) -> list[RunFolder]:
