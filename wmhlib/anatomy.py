@@ -169,9 +169,9 @@ class Patient:
         return keep * (1 - white), keep * white
 
     def lesions(self, white: torch.Tensor, voxel: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lesion fraction, and depth: up to 1 inside a lesion, below 0 outside, where it says how near white matter was to becoming one. A score falls with the distance to the ventricles
-        (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this patient in
-        voxels of `voxel` mm3."""
+        """Lesion fraction, and depth: up to 1 inside a lesion, below 0 outside, where it says how near white matter was to becoming one. A score
+        falls with the distance to the ventricles (bands, caps) and from focal centres; the cut through it leaves the volume drawn for this
+        patient in voxels of `voxel` mm3."""
         height = self.points[..., 2]
         score = 1 - self.to_ventricles.clamp(min=0) / self.uniform(3, 6)
         score += 0.5 * self.field(18) + 0.25 * self.field(5) + 0.1 * self.fine
