@@ -9,8 +9,20 @@ README = (REPOSITORY / "README.md").read_text()
 
 
 def test_every_file_the_readme_shows_is_there():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
     assert links and all((REPOSITORY / link).exists() for link in links)
+
+
+def test_the_contents_name_every_section_of_the_readme():
+    heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^## (.+)$", README, re.M)]
+    assert re.findall(r"\]\(#([^)]+)\)", README) == heads
+
+
+def test_every_notebook_of_the_readme_opens_in_colab():
+    rows = re.findall(r"^\| (\d\d)(\w+) \|.*\[!\[Colab\]\[badge\]\]\[(\d\d)\] \|$", README, re.M)
+    assert [number + name for number, name, _ in rows] == sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.py"))
+    assert all(number == key and f"[{key}]: https://colab.research.google.com/github/wmh-lora/wmh-lora/blob/main/notebooks/{number}{name}.ipynb\n" in README
+               for number, name, key in rows)
 
 
 def test_the_parameter_budget_is_the_networks_own():
