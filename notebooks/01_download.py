@@ -18,8 +18,8 @@
 #
 # # 1 · Data and recipe
 #
-# Opens a run folder, brings in the cases and checks every one of them.
-# The presets demo, flair, base, vessels, stroke-demo and smoke make a synthetic cohort of their own unless you name data; the others take your scans, the
+# Opens a run folder, brings in the cases and checks every one of them. Writes `recipe.json`, `cohort.csv` and, where cases are synthetic or fetched, `data/`.
+# The presets demo, flair, base, vessels, stroke-demo, smoke and stroke-smoke make a synthetic cohort of their own unless you name data; the others take your scans, the
 # Kaggle mirror or DataverseNL. The preset `vessels` takes
 # images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`; `stroke` takes T1w scans with masks of stroke lesions, as
 # ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`). How your scans may lie in folders, and what BIDS masks are called:
@@ -50,7 +50,7 @@ from wmhlib.colab import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo or smoke
+preset: str = "demo"  # recipe: demo, colab, lean, original, flair, base, vessels, stroke, stroke-demo, smoke or stroke-smoke
 run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 data_dir: str = ""  # your cases: a folder (challenge, Kaggle, BIDS or ATLAS layout, or images with masks) or a CSV table; or where a download goes; empty: <run folder>/data
 source: str = ""  # synthetic, folder, kaggle or dataverse; empty: folder if data_dir is given, else synthetic where the preset has synthetic cases

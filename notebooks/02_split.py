@@ -18,7 +18,7 @@
 #
 # # 2 · Train, validation and test cases
 #
-# Deals the subjects over training, validation and test: by site and lesion burden, or by another protocol.
+# Deals the subjects over training, validation and test: by site and lesion burden, or by another protocol. Reads `cohort.csv`, writes `split.csv`.
 # Validation cases will choose the operating point, test cases are looked at once, at the end.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
@@ -48,7 +48,7 @@ run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora
 
 # %%
 from wmhlib import cohort, figures, report, splits
-from wmhlib.files import read_table, write_table
+from wmhlib.files import read_table
 from wmhlib.workspace import RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}")
@@ -61,13 +61,12 @@ cases = read_table(run.need(run.cohort_csv, "01_download"))
 # validation subjects are drawn so; `given` draws nothing and takes the split that a set of images brings.
 
 # %%
-split = splits.split_cases(cases, recipe)
-write_table(split, run.split_csv)
+split = splits.deal(run, cases)
 print(f"protocol {recipe.split.protocol}, seed {recipe.seed}")
 splits.split_table(split)
 
 # %% [markdown]
-# No subject and no file may be on two sides. If you change split.csv by hand, run this cell and not the one above, which deals anew.
+# No subject and no file may be on two sides. If you change split.csv by hand, run this cell and not the one above, which deals anew until the run is trained.
 
 # %%
 split = splits.check_split(read_table(run.split_csv), cases)

@@ -18,7 +18,9 @@
 #
 # # 3 · Training
 #
-# Trains the adapters, the decoder and the channel adapter, the encoder staying frozen unless `adapter.method` says otherwise; or all of a network of volumes.
+# Trains LoRA, the channel adapter (of a scan the three channels that the encoder takes), the decoder and the image skip. The encoder stays frozen, unless
+# `adapter.method` says otherwise; a network of whole volumes (preset `stroke`) is trained in full.
+# Reads recipe, `cohort.csv` and `split.csv`; writes `checkpoints/`, `history.csv`, `best.safetensors` and `tensorboard/`. The longest of 01 to 05: each line tells the time that is left.
 # Stopped at any moment and run again, it goes on from the last checkpoint and ends with the same weights (on a GPU up to the order of its sums).
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.

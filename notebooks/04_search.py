@@ -19,7 +19,7 @@
 # # 4 · Operating point
 #
 # Looks for the threshold, the smallest component worth keeping and the use of test-time augmentation (TTA)
-# on validation cases. Test cases are refused.
+# on validation cases. Test cases are refused. Reads `best.safetensors`; writes `search.csv` and `operating_point.json`.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -60,16 +60,16 @@ engine = WMHInferenceEngine.from_run(run, at_point=False)
 
 # %% [markdown]
 # Each validation case is predicted once and read once; the whole grid is tried on its probabilities.
-# The smallest component counts voxels in one half of the grid and mm3 in the other, which carries over between voxel sizes.
+# The smallest component is tried in voxels and in mm3; a size in mm3 carries over to scans with other voxels.
 
 # %%
 table, validation = search.search(engine.cases(run, "val"), recipe.operating)
 write_table(table, run.search_csv)
 
 # %% [markdown]
-# The centre of the plateau carries over to new cases better than a narrow peak; with `operating.prefer=sensitive` its threshold is
-# lowered as far as one standard error allows, for scanners that no validation case comes from. The baseline's z-score threshold and the
-# limit above which a case is flagged as unsure are chosen on the same cases, as fairness asks.
+# Many points are nearly as good as the best (the *plateau*); its centre is chosen, since a narrow peak may be chance. With `operating.prefer=sensitive` the
+# threshold is lowered by up to one standard error, for scanners that no validation case comes from. The baseline's z-score threshold and the
+# limit above which a case is flagged as unsure are chosen on the same cases.
 
 # %%
 point = search.choose(table, validation, recipe.operating.prefer) | {"weights_sha256": engine.model.fingerprint()}

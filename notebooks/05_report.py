@@ -18,9 +18,10 @@
 #
 # # 5 · Results
 #
-# Scores test cases, or other labelled cases, with the metrics of the WMH Segmentation Challenge, beside three other systems,
-# each mean with its 95 % interval; says how well volumes agree, where the method fails, and when it knows.
-# Of images that are no scans what is marked stands for lesions, pixels (px) for mm, and thousands of them (kpx) for mL.
+# Scores test cases, or other labelled cases, with the metrics of the WMH Segmentation Challenge, beside three baselines, each mean with its 95 % interval. Then:
+# how well volumes agree, where the method fails, and whether it flagged those cases. Reads weights and operating point; writes `metrics.csv`,
+# `lesions.csv`, `zones.csv`, `calibration.csv`, `uncertainty.csv`, `predictions/`, `figures/` and `manifest.json`.
+# For images that are no scans read what is marked for lesions, px (pixels) for mm and kpx (1000 pixels) for mL.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -44,7 +45,7 @@ root = bootstrap()
 preset: str = "demo"  # recipe, the one of notebook 01; empty: the weights that come with the suite, which want data_dir
 run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
 data_dir: str = ""  # other labelled cases, a folder or CSV, to evaluate the run on; empty: its own test cases
-out_dir: str = ""  # folder for that evaluation; empty: evaluations/<name of data_dir> in the run folder, or in runs/minisam
+out_dir: str = ""  # folder for that evaluation; empty: evaluations/<name of data_dir> in the run folder, or in runs/minisam (in Colab MyDrive/wmh-lora/minisam)
 
 # %% [markdown]
 # Weights from notebook 03, operating point from 04. Nothing is tuned from here on.
@@ -57,6 +58,7 @@ from IPython.display import HTML, Image, Markdown, display
 
 from wmhlib import adapters, charts, download, evaluation, figures, methods, prompting, report, viewer
 from wmhlib.engine import WMHInferenceEngine
+from wmhlib.files import read_table
 from wmhlib.workspace import MINISAM, RunFolder
 
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
@@ -161,9 +163,9 @@ report.tell(report.case_table(results.own, results.uncertainty), "cases", data, 
 # Training and search, from notebooks 03 and 04.
 
 # %%
-for name, part in (("training_curves", "train"), ("search_heatmap", "val")):
-    count = (story.trained_on.split == part).sum()
-    display(Image(run.figures / f"{name}.png", width=800), Markdown(report.caption(name, story.source, count)))
+parts = story.trained_on.split.value_counts()
+report.show(figures.training_curves(read_table(run.history_csv)), out, "training_curves", story.source, parts["train"])
+display(Image(run.figures / "search_heatmap.png", width=800), Markdown(report.caption("search_heatmap", story.source, parts["val"])))
 
 # %% [markdown]
 # Data and recipe.
@@ -188,7 +190,7 @@ Markdown(story.limits())
 # %% [markdown]
 # ## Made with
 #
-# Versions, commit and seed; `manifest.json` has the hash of every file too.
+# Versions, commit and seed; `manifest.json` has them too, with the hashes of recipe, weights, tables, masks and figures.
 
 # %%
 manifest = json.loads(out.write_manifest().read_text())

@@ -40,11 +40,11 @@ from wmhlib.colab import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = ""  # your run of this recipe (colab, lean, demo, ...); empty: the weights that come with the suite
+preset: str = ""  # your run: the preset of notebook 01, such as "colab"; empty: NOT your run but the small weights that come with the suite
 run_dir: str = ""  # or its run folder, or several, whose probabilities are averaged (in quotes where a path has spaces); empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
-flair: str = ""  # the scans: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV
+flair: str = ""  # the scans, without which nothing can be done: a NIfTI file, several (in quotes where a path has spaces), a folder (BIDS or other) or a CSV with subject and flair; in Colab e.g. /content/drive/MyDrive/scan.nii.gz
 t1: str = ""  # T1 of a single FLAIR on the same grid, for recipes that use one; empty: without, or as the folder or CSV has it
-out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: runs/<preset or minisam>/derivatives
+out_dir: str = ""  # folder for the results, a BIDS derivatives dataset; empty: runs/<preset or minisam>/derivatives, in Colab MyDrive/wmh-lora/<preset or minisam>/derivatives
 
 # %% [markdown]
 # The trained network with its operating point: your run's, the mean of several, or the one that comes with the suite (its limits: assets/minisam/README.md).

@@ -19,7 +19,7 @@
 # # 7 · Adapters on equal terms
 #
 # Which way of adapting the encoder is worth its parameters, and which parts of the recipe are worth their trouble: each trained on
-# the same base, cases, budget and seeds, each scored on the same test cases, none with a threshold of its own.
+# the same base, cases, budget and seeds, each scored on the same test cases at threshold 0.5. A *cell* is one training: one system with one seed.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -42,10 +42,10 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, vessels (images), colab or smoke
 run_dir: str = ""  # run folder whose cases and split are used; empty: for colab the run of that preset; for the others a few synthetic cases, made for this in out_dir
-out_dir: str = ""  # folder for the grid, one run folder a cell; empty: runs/compare_<preset>
+out_dir: str = ""  # folder for the grid, one run folder a cell; empty: runs/compare_<preset>, in Colab MyDrive/wmh-lora/compare_<preset>
 methods: str = ""  # some of none, bias, ssam, full, lora, rslora, dora, pissa, adalora, qlora and salt, with spaces between; empty: all
-ranks: str = ""  # of those that have one, such as "8 24 64"; empty: the preset's
-seeds: str = ""  # such as "0 1 2"; empty: the preset's
+ranks: str = ""  # of the methods that have one, such as "8 24 64" (on MLPs half of it); empty: the preset's
+seeds: str = ""  # each method is trained once with each, such as "0 1 2"; empty: the preset's
 overrides: str = ""  # settings of all cells to change, the way notebook 01 shows
 share: str = "1/1"  # "2/8": this is the second of eight jobs that share the grid; run once more with 1/1 when all are done
 
@@ -56,7 +56,7 @@ share: str = "1/1"  # "2/8": this is the second of eight jobs that share the gri
 from pathlib import Path
 
 from wmhlib import cohort, compare, download, presets, report
-from wmhlib.bench import claims, compared
+from wmhlib.bench import compared, roofline
 from wmhlib.files import read_table, write_table
 from wmhlib.workspace import RunFolder
 
@@ -93,7 +93,7 @@ compared.tell(compared.shown(table, data), compared.caption("methods", data, tab
 # What they cost.
 
 # %%
-compared.tell(compared.shown_costs(table), compared.caption("costs", data, table, claims.machine()))
+compared.tell(compared.shown_costs(table), compared.caption("costs", data, table, roofline.named()))
 
 # %% [markdown]
 # What a parameter buys.

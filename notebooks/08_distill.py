@@ -42,11 +42,11 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "demo"  # recipe: demo, colab or smoke
 run_dir: str = ""  # run folder whose cases and split are used; empty: for colab the run of that preset; for demo and smoke a few synthetic cases, made for this in out_dir
-out_dir: str = ""  # folder for everything this notebook makes; empty: runs/distill_<preset>
-teacher: str = ""  # the teacher's weights: a file of SAM's format (SAM, MedSAM, a base); empty: the preset's own
+out_dir: str = ""  # folder for everything this notebook makes; empty: runs/distill_<preset>, in Colab MyDrive/wmh-lora/distill_<preset>
+teacher: str = ""  # the teacher's weights: a file of SAM's format (SAM, MedSAM, a base), which colab needs; empty: the preset's own
 teacher_kind: str = ""  # its encoder: vit_h, vit_l, sam_vit_b (SAM's), vit_b (MedSAM's), vit_t or small; empty: the preset's own
 student_kind: str = ""  # the student's encoder: one of these, or tiny; empty: the preset's own
-student_px: int = 0  # side of the student's input in phase 1, in pixels; 0: that of the teacher's
+student_px: int = 0  # side of what the student sees in phase 1, in pixels, a multiple of 16; 0: as the teacher
 alpha: float = 0.5  # weight of the feature loss, 0 to 1; the mask loss has the rest
 feature: str = "mse"  # feature loss: mse or huber
 overrides: str = ""  # settings of phase 2 to change, the way notebook 01 shows
@@ -62,7 +62,7 @@ from pathlib import Path
 import pandas as pd
 
 from wmhlib import cohort, distill, download, fewshot, minisam, modalities, presets, slicestore, training
-from wmhlib.bench import claims, distilled
+from wmhlib.bench import claims, distilled, roofline
 from wmhlib.files import read_table, write_table
 from wmhlib.teacher import choose
 from wmhlib.workspace import RunFolder
@@ -70,6 +70,7 @@ from wmhlib.workspace import RunFolder
 out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+minisam.check_request(recipe, plan, overrides)
 job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed, student_px=student_px, alpha=alpha, feature=feature)
 cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 pd.DataFrame({"teacher": vars(job.teacher), "student": vars(job.student)})
@@ -134,7 +135,7 @@ encoders, pairs = claims.lineup(job.teacher, student, job.inputs.img_size, plan.
 scores = {("student", job.inputs.img_size, "nf4"): (both.student.mean(), both.teacher.mean())}
 costs = claims.claims(encoders, pairs, plan.repetitions, scores)
 write_table(costs, out / "claims.csv")
-distilled.tell(claims.shown(costs), "claims", claims.machine())
+distilled.tell(claims.shown(costs), "claims", roofline.named())
 
 # %% [markdown]
 # ## Claims
@@ -142,7 +143,7 @@ distilled.tell(claims.shown(costs), "claims", claims.machine())
 # %%
 verdicts = claims.reached(costs)
 write_table(verdicts, out / "reached.csv")
-distilled.tell(claims.verdicts(verdicts), "reached", claims.machine())
+distilled.tell(claims.verdicts(verdicts), "reached", roofline.named())
 
 # %% [markdown]
 # ## Limits

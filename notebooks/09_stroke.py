@@ -43,11 +43,11 @@ root = bootstrap()
 # %% tags=["parameters"]
 preset: str = "stroke-demo"  # recipe: stroke-demo, stroke or stroke-smoke
 run_dir: str = ""  # run folder whose cases and split are used; empty: for stroke the run of that preset; for the others synthetic cases, made for this in out_dir
-out_dir: str = ""  # folder for the networks, one run folder each; empty: runs/<preset>_networks
+out_dir: str = ""  # folder for the networks, one run folder each; empty: runs/<preset>_networks, in Colab MyDrive/wmh-lora/<preset>_networks
 networks: str = ""  # which, such as "attention mamba"; empty: all. Jobs with one each may share a folder; run once more with all when they are done, for the tables
-seeds: str = "0"  # such as "0 1 2"
+seeds: str = "0"  # each network is trained once with each, such as "0 1 2"
 folds: int = 0  # cross-validate the network that is best on validation cases in so many folds; 0: do not
-formats: str = "pt2"  # of the exported network: pt2, onnx (needs the packages onnx, onnxscript and onnxruntime), or both
+formats: str = "pt2"  # file formats to export the best network to: pt2, onnx (needs the packages onnx, onnxscript and onnxruntime), or both
 overrides: str = ""  # settings of all networks to change, the way notebook 01 shows
 
 # %% [markdown]
@@ -153,7 +153,7 @@ compared.tell(exported, study.caption("export"))
 # %%
 costs = volumes.token_costs(plan.tokens, repetitions=plan.repetitions)
 write_table(costs, out / "tokens.csv")
-machine = roofline.machine(256, 1, "cpu")
+machine = roofline.named("cpu")
 bench.show(volumes.token_figure(costs), out, "tokens", machine)
 
 # %% [markdown]

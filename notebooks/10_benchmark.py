@@ -41,8 +41,8 @@ root = bootstrap()
 
 # %% tags=["parameters"]
 preset: str = "demo"  # small recipe, for whole volumes; the recipe at full size is colab
-run_dir: str = ""  # run folder whose weights predict one scan; empty: runs/<preset>
-out_dir: str = ""  # folder for tables and figures; empty: runs/benchmark
+run_dir: str = ""  # run folder whose weights predict one scan; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
+out_dir: str = ""  # folder for tables and figures; empty: runs/benchmark, in Colab MyDrive/wmh-lora/benchmark
 quick: int = 0  # 1: every measurement at toy size, in seconds, which says nothing about speed
 
 # %% [markdown]
@@ -123,8 +123,8 @@ rows += measures.search_rows(case, plan.grid, plan.few)
 # %%
 claims = pd.DataFrame(rows)
 write_table(claims.assign(reached=table.reached(claims)), out / "benchmark.csv")
-charts.tell(table.shown(claims), "benchmark", machine)
-charts.show(charts.ratio_figure(claims), out, "ratios", machine)
+charts.tell(table.shown(claims), "benchmark", machine["name"])
+charts.show(charts.ratio_figure(claims), out, "ratios", machine["name"])
 
 # %% [markdown]
 # ## Around the network
@@ -132,14 +132,14 @@ charts.show(charts.ratio_figure(claims), out, "ratios", machine)
 # %%
 steps_around = measures.around(case, folder.name)
 write_table(steps_around, out / "around.csv")
-charts.tell(steps_around.round(3).set_index("step"), "around", machine)
+charts.tell(steps_around.round(3).set_index("step"), "around", machine["name"])
 
 # %% [markdown]
 # ## What the machine allows
 
 # %%
 points = measures.roofline_table(plan.full, plan.few)
-charts.show(charts.roofline_figure(points, machine), out, "roofline", machine)
+charts.show(charts.roofline_figure(points, machine), out, "roofline", machine["name"])
 
 # %% [markdown]
 # ## How cost grows
@@ -147,9 +147,9 @@ charts.show(charts.roofline_figure(points, machine), out, "roofline", machine)
 # %%
 curves = growth.growth(plan, case)
 write_table(curves, out / "growth.csv")
-charts.show(charts.growth_figure(curves), out, "growth", machine)
+charts.show(charts.growth_figure(curves), out, "growth", machine["name"])
 held = curves.dropna(subset="memory_mb").pivot(index=["what", "along"], columns="n", values="memory_mb")
-charts.tell(held.map("{:.0f} MB".format, na_action="ignore").fillna(""), "memory", machine)
+charts.tell(held.map("{:.0f} MB".format, na_action="ignore").fillna(""), "memory", machine["name"])
 
 # %% [markdown]
 # ## On a GPU

@@ -131,7 +131,7 @@ def evaluated(disc_case):
 
     names = ("Utrecht_0", "Utrecht_1", "Utrecht_2", "Singapore_0", "Singapore_1")
     cases = (disc_case(name, name[:-2], lesions=name != "Singapore_1") for name in names)
-    point = dict(threshold=0.4, min_voxels=3, min_mm3=0.0, tta=True, zscore_threshold=2.0, unsure_above=0.5, poor_below=0.8)
+    point = dict(threshold=0.4, min_voxels=3, min_mm3=0.0, tta=True, dsc=0.8, se=0.05, n=3, zscore_threshold=2.0, unsure_above=0.5, poor_below=0.8)
     return evaluate(cases, point, Operating())
 
 

@@ -114,6 +114,17 @@ def test_an_affine_that_stretches_the_voxels_is_a_warning(tiny_nifti):
     assert "2 x 1 x 3 mm in its header, of 2.4 x 1.2 x 3.3 mm by its affine" in cohort.check_cases(cases).warnings[0]
 
 
+def test_sheared_axes_are_a_warning(tiny_nifti):
+    cases = case_on_disk(tiny_nifti)
+    for path in (cases.flair[0], cases["mask"][0]):
+        image = nibabel.load(path)
+        shear = np.eye(4)
+        shear[0, 1] = 0.5
+        image.set_sform(shear @ image.affine, 4)
+        nibabel.save(image, path)
+    assert "a voxel holds 0.89 times what its edges tell" in cohort.check_cases(cases).warnings[0]
+
+
 def test_a_head_in_full_has_no_warning(tiny_nifti):
     tiny_nifti("Utrecht/1/pre/T1.nii.gz", spacing=(7.0, 7.0, 9.0), axes="LPS", shape=(24, 28, 16))
     data = np.random.default_rng(1).normal(5, 2, (24, 28, 16)).astype(np.float32)

@@ -19,7 +19,7 @@ from wmhlib.workspace import RunFolder
 
 OVERRIDES = ""
 TINY = "training.epochs=1 training.warmup_epochs=0 training.slices=4"
-CASES = pd.DataFrame({"case": ["a", "b"], "t1": ["a/T1.nii.gz", "b/T1.nii.gz"]})
+CASES = pd.DataFrame({"case": ["a", "b"], "t1": ["a/T1.nii.gz", "b/T1.nii.gz"], "warnings": ""})
 NAMED = {"none": "adapter.method=none", "lora 2": "adapter.rank_attention=2 adapter.rank_mlp=1"}
 
 
@@ -121,6 +121,18 @@ def test_what_the_cases_do_not_have_is_left_out_and_named(capsys):
     assert {compare.WITH_T1, compare.WITH_NEIGHBOURS}.isdisjoint(compare.ablations(preset("vessels"), CASES))
     half = recipe.with_overrides(compare.ablations(recipe.with_overrides("adapter.rank_mlp=0"), CASES)["half the rank"]).adapter
     assert (half.rank_attention, half.rank_mlp) == (recipe.adapter.rank_attention // 2, 0)
+
+
+def test_t1_on_another_grid_and_changes_that_change_nothing_are_left_out_and_named(capsys):
+    recipe = preset("colab", "inputs.context=1 skip=false")
+    found = compare.ablations(recipe, CASES.assign(warnings=["", "no lesion; T1 lies on another grid than the scan: register it before training with it"]))
+    assert found[compare.BASELINE] == "" and {compare.WITH_T1, compare.WITH_NEIGHBOURS, "no image skip"}.isdisjoint(found)
+    assert "left out: no image skip, which is the recipe's own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, found", [("", []), ("0 1", [0, 1]), (1, [1])])
+def test_numbers_come_as_text_or_as_what_papermill_makes_of_it(text, found):
+    assert compare.numbers(text, "seeds") == found
 
 
 def test_a_result_without_a_score_is_counted_and_left_out_of_its_mean(scores):

@@ -109,7 +109,7 @@ def test_a_bad_scan_is_reported_and_the_others_go_on(scan, tmp_path, capsys):
     assert table.status.tolist() == ["failed", "done", "failed", "done"]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and re.match(r"\[1/4\] sub-broken failed: .*broken.nii.gz", printed[0])
-    assert re.match(r"\[2/4\] sub-01: 0.1 mL in 1 lesions \(\d+ s, 2 slices without brain skipped\)", printed[1]) and "does not exist" in printed[2]
+    assert re.match(r"\[2/4\] sub-01: 0.1 mL in 1 lesion \(\d+ s, 2 slices without brain skipped\)", printed[1]) and "does not exist" in printed[2]
     written = pd.read_csv(tmp_path / "out" / derivatives.TABLE).set_index("scan")
     assert written.volume_ml["sub-01"] == pytest.approx(0.054) and "absent.nii.gz" in written.reason["sub-absent"]
     assert "absent.nii.gz does not exist" in (tmp_path / "out" / derivatives.INDEX).read_text()

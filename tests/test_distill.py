@@ -9,15 +9,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wmhlib import distill
+from wmhlib.checkpoints import Keeper
 from wmhlib.distill import feature_loss, mask_loss
 from wmhlib.embeddings import cached
 from wmhlib.errors import CheckpointError, InputError, RecipeError, WMHError
-from wmhlib.medsam import build_encoder, read_state
+from wmhlib.files import read_table
+from wmhlib.medsam import build_encoder
 from wmhlib.promptable import promptable_of, three_channels
 from wmhlib.quantised import weight_bytes
 from wmhlib.slicestore import CaseSlices
 from wmhlib.teacher import PRESETS, Teacher, choose
 from wmhlib.volumes import AIR
+from wmhlib.weights import read_state
+from wmhlib.workspace import RunFolder
 
 SMOKE = PRESETS["smoke"]
 
@@ -111,6 +115,37 @@ def test_a_distillation_that_was_interrupted_ends_as_if_it_had_not_been(data, ta
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     with pytest.raises(CheckpointError, match="another settings"):
         distill.distill(replace(SMOKE, alpha=0.9), *data, tmp_path, progress=False)
+
+
+def test_a_session_whose_distillation_another_has_taken_over_stops_and_leaves_its_files(data, tmp_path, monkeypatch):
+    epoch = distill._Job.epoch
+
+    def taken(job, number):
+        if number == 2:
+            with Keeper(RunFolder(tmp_path)) as another:
+                another.claim()
+                another.hold()
+                another.release()  # it is done before the first one looks
+        return epoch(job, number)
+
+    monkeypatch.setattr(distill._Job, "epoch", taken)
+    with pytest.raises(CheckpointError, match="another session"):
+        distill.distill(SMOKE, *data, tmp_path, progress=False)
+    assert len(read_table(tmp_path / "history.csv")) == 1 and not (tmp_path / distill.STUDENT).exists()
+
+
+def test_a_distillation_goes_on_in_another_precision(data, taught, tmp_path):
+    job = distill._Job(SMOKE, *data, torch.device("cpu"))
+    job.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    state = {"student": job.student.state_dict(), "optimizer": job.optimizer.state_dict(), "scaler": {}, "history": []}
+    assert job.load(state) == [] and job.scaler.is_enabled()
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_teacher_without_a_channel_adapter_sees_the_slice_itself_and_not_its_neighbour(context):
+    x = torch.randn(1, 1 + 2 * context, 64, 64)
+    teacher = Teacher(replace(SMOKE, inputs=replace(SMOKE.inputs, context=context)))
+    assert torch.equal(teacher.three(x), three_channels(x[:, [context]]))
 
 
 def test_settings_that_came_after_a_checkpoint_make_it_no_other():

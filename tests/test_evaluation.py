@@ -21,7 +21,7 @@ from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
 from wmhlib.workspace import RunFolder
 
-POINT = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True, zscore_threshold=2.0, unsure_above=0.2, poor_below=0.8)
+POINT = dict(threshold=0.5, min_voxels=1, min_mm3=0.0, tta=True, dsc=0.8, se=0.05, n=3, zscore_threshold=2.0, unsure_above=0.2, poor_below=0.8)
 
 
 @pytest.fixture(scope="module")

@@ -100,8 +100,11 @@ def test_a_folder_of_images_is_segmented_and_a_bad_one_is_named(image_run, tmp_p
         assert mask.shape == prob.shape == Image.open(path).size[::-1] and (mask > 0).sum() == pixels
     save(tmp_path / "photos/good.jpg", photograph(), format="JPEG")
     write_atomic(tmp_path / "photos/bad.png", b"no image")
+    (tmp_path / "out/second_mask.png").mkdir()  # which cannot be written
+    save(tmp_path / "photos/second.jpg", photograph(), format="JPEG")
     assert suite.main([*arguments, str(tmp_path / "photos")]) == 1
-    assert "1 of 2 images failed" in capsys.readouterr().err and (tmp_path / "out/good_mask.png").exists()
+    assert "2 of 3 images failed" in capsys.readouterr().err and (tmp_path / "out/good_mask.png").exists()
+    assert suite.main([*arguments, str(tmp_path / "photos"), "--t1", "t1.nii.gz"]) == 1 and "have no T1" in capsys.readouterr().err
     for place, out, message in (("photos", "photos", "choose a folder"), ("nothing", "out", "holds no image")):
         with pytest.raises(InputError, match=message):
             album.segment_images(None, tmp_path / place, tmp_path / out)

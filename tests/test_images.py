@@ -69,6 +69,7 @@ def test_a_set_that_leaves_something_open_is_refused(image_set, change, message)
     (lambda folder: write_atomic(folder / "images/b.png", b"no image"), "images/b.png is no PNG"),
     (lambda folder: write_atomic(folder / "images/b.png", (folder / "images/b.png").read_bytes()[:900]), "images/b.png is no PNG"),
     (lambda folder: save(folder / "masks/b.png", np.arange(45 * 70, dtype=np.uint8).reshape(45, 70) % 3), "masks/b.png holds 3 values from 0 to 2"),
+    (lambda folder: (folder / "masks/b.png").unlink() or save(folder / "masks/b.tiff", np.full((45, 70), np.nan, np.float32), format="TIFF"), "masks/b.tiff holds pixels that are no numbers"),
     (lambda folder: save(folder / "images/b.png", np.full((45, 70), 7, np.uint8)), "images/b.png is constant"),
     (lambda folder: save(folder / "images/b.png", np.pad(np.full((41, 66), 99, np.uint8), 2)), "images/b.png shows one value in all of its 2706 pixels"),
     (lambda folder: save(folder / "images/b.png", photograph(seed=0)), "holds the same scan as case a")])

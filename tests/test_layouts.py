@@ -172,6 +172,12 @@ def test_two_bids_datasets_with_the_same_numbers_are_different_people(touch, cap
     assert "1 subject labels occur in several datasets, each taken for another person (sub-1)" in capsys.readouterr().out
 
 
+def test_datasets_of_one_name_are_sites_of_their_own(touch):
+    cases = cohort.find_cases(touch(*bids("1", dataset="Lyon/bids/"), *bids("1", dataset="Graz/bids/"), *bids("2", dataset="Paris/")))
+    assert cases.site.tolist() == ["Graz_bids", "Lyon_bids", "Paris"]
+    assert cases.subject.tolist() == ["Graz_bids_sub-1", "Lyon_bids_sub-1", "Paris_sub-2"]
+
+
 def test_linked_folders_are_followed_once_and_hidden_ones_not_at_all(touch):
     folder = touch("store/Utrecht/1/pre/FLAIR.nii.gz", "store/Utrecht/1/wmh.nii.gz", *challenge("cohort/.trash/Utrecht/2"))
     (folder / "cohort/training").mkdir()

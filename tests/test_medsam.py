@@ -8,10 +8,11 @@ import torch
 
 from wmhlib.adapters import adapt, budget
 from wmhlib.errors import CheckpointError
-from wmhlib.medsam import ImageEncoder, load_checkpoint, weights_sha256
+from wmhlib.medsam import ImageEncoder, load_checkpoint
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.sections import Adapter, Encoder
+from wmhlib.weights import weights_sha256
 
 
 @pytest.fixture(scope="module")

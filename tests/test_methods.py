@@ -97,7 +97,10 @@ def test_limits_say_what_the_cases_are(run):
     story = methods.Story.of(run, run, COUNTS)
     assert "synthetic" not in story.limits() and "1 case: too few to test" in story.limits() and "raters agree" in story.limits()
     assert "in training too" not in story.limits(), "GE3T was not trained on"
-    assert "in training too" in dataclasses.replace(story, evaluated=story.trained_on[:1]).limits()
+    known = dataclasses.replace(story, evaluated=story.trained_on[:1])
+    alone = dataclasses.replace(known, trained_on=story.trained_on.assign(site="Utrecht"))
+    assert "in training too; another scanner may do worse. Split by leave-one-site-out" in known.limits()
+    assert "in training too; another scanner may do worse.\n" in alone.limits(), "of one site none can be left out"
     synthetic = dataclasses.replace(story, source="synthetic cases")
     assert "was chosen on them" in synthetic.limits()
     of_synthetic = dataclasses.replace(synthetic, data="synthetic cases").limits()

@@ -10,7 +10,8 @@ from safetensors.torch import save
 from wmhlib import hardware
 from wmhlib.errors import CheckpointError, InputError, RecipeError
 from wmhlib.medsam import build_encoder
-from wmhlib.modalities import ADAPTER, CONFIG, DECODER, RANKS, Modalities, cross_figure, train
+from wmhlib.minisam import RANKS
+from wmhlib.modalities import ADAPTER, CONFIG, DECODER, Modalities, cross_figure, train
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
 from wmhlib.quantised import quantise

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from wmhlib.errors import CheckpointError, InputError
-from wmhlib.medsam import read_state
 from wmhlib.promptable import (
     Promptable,
     Prompts,
@@ -17,6 +16,7 @@ from wmhlib.promptable import (
     sam_modeling,
     three_channels,
 )
+from wmhlib.weights import read_state
 
 MLP = 64
 

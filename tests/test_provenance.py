@@ -1,8 +1,11 @@
+import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 from predicting import Engine, run, sidecar
 
 from wmhlib import derivatives, provenance, scanpages
+from wmhlib.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_figure")
 
@@ -44,6 +47,22 @@ def test_a_changed_input_or_a_damaged_result_is_made_again(scan, tmp_path):
         path.write_bytes(path.read_bytes()[:-9])
         run(engine, flair, out)
     assert len(engine.seen) == 6 and sidecar(out)["Result"]["volume_ml"] == pytest.approx(0.036)
+
+
+def test_a_mask_that_was_edited_is_not_lost(scan, tmp_path, capsys):
+    flair, out, engine = scan("sub-01_FLAIR.nii.gz"), tmp_path / "out", Engine()
+    run(engine, flair, out)
+    path = out / "sub-01" / "anat" / "sub-01_space-FLAIR_label-WMH_mask.nii.gz"
+    image = nibabel.load(path)
+    edited = nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine)
+    nibabel.save(edited, path)
+    kept = path.read_bytes()
+    with pytest.raises(InputError, match="was changed since it was made"):
+        run(engine, flair, out)
+    assert path.read_bytes() == kept and len(engine.seen) == 1
+    path.rename(tmp_path / "mine.nii.gz")
+    run(engine, flair, out)
+    assert len(engine.seen) == 2
 
 
 def test_a_t1_counts_as_input_only_where_the_network_looks_at_it(scan, tmp_path):

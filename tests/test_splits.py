@@ -7,7 +7,7 @@ from scipy.stats import ks_2samp
 
 from wmhlib import splits
 from wmhlib.errors import InputError, RecipeError
-from wmhlib.files import read_table, write_table
+from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder
 
@@ -211,6 +211,21 @@ def test_cases_that_came_after_the_split_are_named(tmp_path, capsys):
         write_table(cohort, run.cohort_csv)
         splits.tell_unused(run)
     assert capsys.readouterr().out == "1 cases of the cohort are in no part of the split (late): run notebook 02 again to use them\n"
+
+
+def test_the_split_that_a_run_was_trained_on_stays(tmp_path, capsys):
+    cases, run = made_up({"A": 9}), RunFolder(tmp_path)
+    write_atomic(run.recipe_json, preset("smoke").to_json())
+    dealt = splits.deal(run, cases)
+    first, second = dealt.index[dealt.split == "train"][:1].append(dealt.index[dealt.split == "test"][:1])
+    edited = dealt.assign(split=dealt.split.rename({first: second, second: first}).sort_index())
+    write_table(edited, run.split_csv)
+    assert splits.deal(run, cases).equals(dealt) and read_table(run.split_csv).split.tolist() == dealt.split.tolist()
+    write_table(edited, run.split_csv)
+    run.checkpoints.mkdir()
+    assert splits.deal(run, cases).split.tolist() == edited.split.tolist() and "was trained on it" in capsys.readouterr().out
+    write_table(edited.assign(split="none"), run.split_csv)
+    assert splits.deal(run, cases).equals(dealt)
 
 
 @pytest.mark.parametrize("role", ["flair", "mask"])

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from . import images
 from .engine import WMHInferenceEngine
-from .errors import InputError
+from .errors import InputError, reason
 from .files import write_table
 from .metrics import chosen, components
 from .nifti import save_like
@@ -31,20 +31,26 @@ def segment_images(engine: WMHInferenceEngine, place: str | Path, out: str | Pat
     paths, out, rows = _found(Path(place).expanduser()), Path(out).expanduser(), []
     if out.resolve() == paths[0].resolve().parent:
         raise InputError(f"{out} holds the images, and masks would count as images from then on: choose a folder for the results alone")
-    for path in tqdm(paths, "images", disable=not progress):
-        try:
-            prediction = engine.predict(load_case(path, inputs=engine.recipe.inputs))
-        except InputError as error:
-            rows.append({"image": str(path), "status": "failed", "reason": str(error)})
-            continue
-        mask, unsure = engine.segment(prediction), case_uncertainty(prediction.prob, prediction.prob_tta)
-        for kind, data in (("probability", chosen(prediction.prob, prediction.prob_tta, engine.point)), ("mask", mask)):
-            save_like(data, prediction.case.volume, out / f"{path.stem}_{kind}.png")
-        rows.append({"image": str(path), "pixels": np.count_nonzero(mask), "objects": components(mask)[2], "uncertainty": unsure,
-                     "unsure": unsure > engine.point["unsure_above"] if "unsure_above" in engine.point else None, "status": "done", "reason": ""})
-    table = pd.DataFrame(rows, columns=["image", "pixels", "objects", "uncertainty", "unsure", "status", "reason"]).astype({"pixels": "Int64", "objects": "Int64"})
-    write_table(table, out / TABLE)
+    try:
+        for path in tqdm(paths, "images", disable=not progress):
+            try:
+                rows.append({"image": str(path)} | _segment(engine, path, out) | {"status": "done", "reason": ""})
+            except Exception as error:  # whatever is wrong with one image, the others go on
+                rows.append({"image": str(path), "status": "failed", "reason": reason(error)})
+    finally:
+        table = pd.DataFrame(rows, columns=["image", "pixels", "objects", "uncertainty", "unsure", "status", "reason"]).astype({"pixels": "Int64", "objects": "Int64"})
+        write_table(table, out / TABLE)
     return table
+
+
+def _segment(engine: WMHInferenceEngine, path: Path, out: Path) -> dict:
+    """Writes mask and probability of one image; what the table says of them."""
+    prediction = engine.predict(load_case(path, inputs=engine.recipe.inputs))
+    mask, unsure = engine.segment(prediction), case_uncertainty(prediction.prob, prediction.prob_tta)
+    for kind, data in (("probability", chosen(prediction.prob, prediction.prob_tta, engine.point)), ("mask", mask)):
+        save_like(data, prediction.case.volume, out / f"{path.stem}_{kind}.png")
+    return {"pixels": np.count_nonzero(mask), "objects": components(mask)[2], "uncertainty": unsure,
+            "unsure": unsure > engine.point["unsure_above"] if "unsure_above" in engine.point else None}
 
 
 def _found(place: Path) -> list[Path]:

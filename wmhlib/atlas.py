@@ -6,7 +6,7 @@ Lengths are in mm, positions in MNI coordinates (x to the right, y to anterior, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Maps:
         return values.reshape(-1, *points.shape[:-1])
 
 
-@lru_cache(maxsize=8)
+@cache  # some 0.1 GB a head
 def template(head: str = "") -> tuple[Maps, Maps, Maps | None]:
     """Brain maps at 1 mm (grey, white matter) and wide maps at 2 mm: distance to the lateral ventricles and to the
     brain (negative inside), depth below the skin of face and neck, 3 components pointing away from the ventricles. Of the MNI152, or of the T1w scan

@@ -129,6 +129,21 @@ def uri(flair: str, links: dict[Path, str]) -> str:
     return f"bids:{links[root]}:{Path(flair).relative_to(root).as_posix()}"
 
 
+def described(folder: Path) -> dict:
+    """What dataset_description.json in `folder` says; nothing where there is none, or it is damaged."""
+    try:
+        content = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def made_by_us(folder: Path) -> bool:
+    """Whether the dataset in `folder` names this library among what made it."""
+    tools = described(folder).get("GeneratedBy")
+    return isinstance(tools, list) and any(isinstance(tool, dict) and tool.get("Name") == "wmhlib" for tool in tools)
+
+
 def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
     """The files at the top of the dataset: description, README, the columns of the lesion tables, what is not BIDS.
 
@@ -140,11 +155,11 @@ def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
         return path.name in ("README", ".bidsignore", INDEX) or os.path.exists(path / _DESCRIPTION) or holds_subjects
 
     strange = sorted(path.name for path in out.glob("*") if is_strange(path))  # read first: another process may be writing
-    before = (out / _DESCRIPTION).read_bytes() if (out / _DESCRIPTION).exists() else b""
-    other = next((some.lesions for some in (WMH, STROKE) if some != kind and f'"Name": "{some.lesions}"'.encode() in before), "")
+    before = (out / _DESCRIPTION).exists()
+    other = next((each.lesions for each in (WMH, STROKE) if each != kind and described(out).get("Name") == each.lesions), "")
     if other:
         raise InputError(f"{out} holds results on another kind of scan ({other}): choose another folder for the results")
-    if before and b'"Name": "wmhlib"' not in before:
+    if before and not made_by_us(out):
         raise InputError(f"{out} holds another dataset ({_DESCRIPTION} is not of wmhlib): choose another folder for the results")
     if strange and not before:
         raise InputError(f"{out} holds {', '.join(strange[:3])} of something else: choose a folder for the results alone, such as {out / 'wmhlib'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from .errors import InputError, some
@@ -36,9 +36,11 @@ def find(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[d
               "cases in a table cases.csv with one subject", flush=True)
     keys = (*_APART, "space") if contrast == "t1" else _APART
     sites = {dataset: _sites(dataset, labelled) for dataset in dict.fromkeys(dataset for dataset, _, _ in sessions)}
+    names = Counter(dataset.name for dataset in sites)
+    named = {dataset: dataset.name if names[dataset.name] == 1 else "_".join(dataset.relative_to(root).parts) or dataset.name for dataset in sites}
     rows = []
     for (dataset, subject, session), own in sessions.items():
-        prefix = f"{clean(dataset.name)}_" if again else ""
+        prefix = f"{clean(named[dataset])}_" if again else ""
         on_flair = [path for path in own if _suffix(path) == "T1w" and _entities(path).get("space") == "FLAIR"]
         scans = [path for path in own if _suffix(path) == SUFFIXES[contrast] and "derivatives" not in path.relative_to(root).parts
                  and not (contrast == "t1" and path in on_flair)]
@@ -46,7 +48,7 @@ def find(files: list[Path], root: Path, contrast: str, labelled: bool) -> list[d
             beside = [path for path in own if _agree(path, flair, keys) and (_same(path, flair) or not any(_same(path, scan) for scan in scans))]
             t1 = [] if contrast == "t1" else [path for path in on_flair if path in beside] or [path for path in on_flair if _agree(path, flair, ("ce", "rec", "run"))]
             space = "FLAIR" if contrast == "flair" else _entities(flair).get("space")
-            case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, dataset.name)
+            case, site = prefix + stem(flair).removesuffix(f"_{SUFFIXES[contrast]}"), sites[dataset].get(subject, named[dataset])
             rows.append(candidate(
                 case, f"{prefix}sub-{subject}", site, session, flair=[flair], t1=t1,
                 mask=_chosen([path for path in beside if _shows_lesions(path)], space),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from .search import NEAR_BEST
 from .wording import of_images, of_strokes, words
 
+_STRATA = (
+    "Where {n} {data} are hard, at the operating point: Dice by lesion burden, detection by lesion size, "
+    "and, where a ventricle mask is given, Dice within 10 mm of the ventricles and beyond, with 95 % intervals. Size classes are bounded by spheres 3, 5 and 10 mm across; "
+    "there lesions of all cases are pooled, and n counts lesions. Good: level curves; ")
 CAPTIONS = {
     "training_curves":
         "Training on {n} {data}. Good: both losses fall together and level off, validation Dice climbs to a plateau; "
@@ -18,7 +22,7 @@ CAPTIONS = {
     "comparison":
         "The chosen point and the recipe's own on the {n} {data} kept for validation, mean Dice and difference with 95 % bootstrap "
         "intervals (recipe's minus chosen). The choice was made on these cases, which favours it. Good: the choice at least level with "
-        "the recipe's; a difference whose interval holds 0 is no difference.",
+        "the recipe's; where the interval holds 0 the two cannot be told apart.",
     "results":
         "Mean and 95 % bootstrap interval over {n} {data}; a score that is not defined for a case "
         "is left out of the mean and counted (HD95 needs a result), and there is no interval below five cases. By the challenge's rule a "
@@ -34,10 +38,7 @@ CAPTIONS = {
         "Lesion volumes of {n} {data}: result against reference, their difference against their mean, and "
         "their ratio (cases of 0 mL left out there), with bias and limits of agreement (bands: 95 % intervals). Good: points "
         "along the identity, a bias band that holds 0 (a ratio of 1), narrow limits, no trend with volume.",
-    "strata":
-        "Where {n} {data} are hard, at the operating point: Dice by lesion burden, detection by lesion size, "
-        "and, where a ventricle mask is given, Dice within 10 mm of the ventricles and beyond, with 95 % intervals. Sizes are those of spheres 3, 5 and 10 mm across; their shares pool the lesions of all cases, and "
-        "n counts lesions there. Good: level curves; small burdens, small and deep lesions are usually worse.",
+    "strata": _STRATA + "small burdens, small and deep lesions are usually worse.",
     "calibration":
         "How often a voxel of a given probability is a lesion, in {n} {data}. Good: points on the diagonal. "
         "Below it the network is overconfident, above it too cautious. Voxels of all cases count alike: those "
@@ -45,8 +46,8 @@ CAPTIONS = {
         "expected calibration error (ECE) leaves the lowest bin out.",
     "uncertainty":
         "Dice against how much the plain prediction and the mean over all views differ (1 minus their soft Dice; 0 with a single view), in {n} "
-        "{data}, those without a Dice left out; cases right of the line are flagged as unsure. The line and what counts as poor come from validation cases: poor is a Dice as low as in their "
-        "worst quarter. Good: poor cases on the right, flagged, good ones on the left. Rings mark the three lowest Dice.",
+        "{data}, those without a Dice left out; cases right of the line are flagged as unsure. The line and what counts as poor come from validation cases: a case is poor if its Dice is as low as "
+        "in the worst quarter of those. Good: poor cases on the right, flagged, good ones on the left. Rings mark the three lowest Dice.",
     "predictions":
         "Best, median and worst by Dice of {n} {data}, each on its slice with most lesion, lesions outlined; "
         "the frame is enlarged in the panels beside it. Good: ground truth and prediction alike, an error map that is mostly "
@@ -108,10 +109,7 @@ _IMAGE_CAPTIONS = {
 
 
 _STROKE_CAPTIONS = {
-    "strata":
-        "Where {n} {data} are hard, at the operating point: Dice by lesion burden, detection by lesion size, "
-        "and, where a ventricle mask is given, Dice within 10 mm of the ventricles and beyond, with 95 % intervals. Sizes are those of spheres 3, 5 and 10 mm across; their shares pool the lesions of all cases, and "
-        "n counts lesions there. Good: level curves; small strokes are usually found worse than large ones.",
+    "strata": _STRATA + "small strokes are usually found worse than large ones.",
     "cohort":
         "T1w slices of some of {n} {data}, a case a row, lesions outlined where a reference is given. Good: heads "
         "upright with anterior up, the patient's right (R) on the left, outlines on tissue that is darker than the other side's.",

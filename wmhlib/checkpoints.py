@@ -47,7 +47,7 @@ class Keeper:
         self.source: Path | None = None  # the file that `newest` took
         self._say = say or (lambda text: print(text, flush=True))
         self._whole: set[Path] = set()  # checkpoints seen to be good
-        self._token = secrets.token_bytes(8)
+        self._token, self._held = secrets.token_bytes(8), False
         for folder in (run.path, self.local):
             storage.sweep(folder)
             storage.sweep(folder / run.checkpoints.name)
@@ -83,8 +83,11 @@ class Keeper:
 
     def hold(self) -> None:
         """CheckpointError where another process has claimed the run since, whose files would mix with those of this one."""
-        with contextlib.suppress(OSError):
-            if self.run.session.read_bytes() != self._token:
+        with contextlib.suppress(OSError):  # a folder that is gone for a while tells nothing
+            there = self.run.session.read_bytes() if self.run.session.exists() else b""
+            ended = not there and self._held and any(self.run.path.iterdir())  # another claimed it and is done
+            self._held = there == self._token
+            if ended or there and not self._held:
                 raise CheckpointError(f"another session goes on with the training in {self.run.path}: this one stops and leaves it the folder. "
                                       "To train anew beside it, choose another run folder")
 

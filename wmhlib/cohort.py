@@ -236,6 +236,9 @@ def geometry_notes(flair: nifti.Volume, axial: bool) -> list[str]:
     if spacing.max() >= _THICK_MM or spacing.max() >= _ANISOTROPY * spacing.min():
         notes.append(f"slices {spacing.max():.1f} mm apart: small lesions fall between them")
     notes += _header_notes(flair.image.header)
+    volume = abs(np.linalg.det(flair.affine[:3, :3])) / np.prod(spacing)
+    if abs(volume - 1) > _STRETCH:
+        notes.append(f"sheared axes, as of a registration: a voxel holds {volume:.2f} times what its edges tell; resample it onto a grid of its own")
     told = flair.image.header.get_zooms()[:3]
     if not np.allclose(told, spacing, rtol=_STRETCH):
         named = (" x ".join(f"{mm:.3g}" for mm in voxel) for voxel in (told, spacing))

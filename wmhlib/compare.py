@@ -86,16 +86,19 @@ def systems(methods: tuple[str, ...], ranks: tuple[int, ...]) -> dict[str, str]:
 
 
 def ablations(recipe: Recipe, cases: pd.DataFrame, names: tuple[str, ...] = tuple(ABLATIONS)) -> dict[str, str]:
-    """The overrides of each of `names` that `cases` (a cohort table) allow: T1 only where every case has one, no neighbours of images. What is
-    left out is named."""
+    """The overrides of each of `names` that `cases` (a cohort table) allow: T1 only where every case has one on its grid, no neighbours of images;
+    and that change `recipe`. What is left out is named."""
     own = recipe.adapter
     scaled = {f"{words} the rank": f"adapter.rank_attention={max(1, round(factor * own.rank_attention))} adapter.rank_mlp={round(factor * own.rank_mlp)}"
               for words, factor in (("half", 0.5), ("twice", 2))}
-    impossible = {WITH_T1} if (cases.t1 == "").any() else set()
+    changes = {name: (ABLATIONS | scaled)[name] for name in names}
+    impossible = {WITH_T1} if (cases.t1 == "").any() or cases.warnings.str.contains("T1 lies|T1 cannot").any() else set()
     impossible |= {WITH_T1, WITH_NEIGHBOURS} if recipe.inputs.images else set()
-    for name in impossible.intersection(names):
-        print(f"left out: {name}, which these cases do not have")
-    return {name: (ABLATIONS | scaled)[name] for name in names if name not in impossible}
+    idle = {name for name, change in changes.items() if name != BASELINE and name not in impossible and recipe.with_overrides(change) == recipe}
+    for left_out, why in ((impossible, "which these cases do not allow"), (idle, "which is the recipe's own")):
+        for name in sorted(left_out.intersection(names)):
+            print(f"left out: {name}, {why}")
+    return {name: change for name, change in changes.items() if name not in impossible | idle}
 
 
 def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder: str | Path, overrides: str = "", share: str = "1/1",
@@ -182,8 +185,10 @@ def summary(scores: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataF
     return table if costs is None else table.merge(costs, on="system", how="left")
 
 
-def numbers(text: str, name: str) -> list[int]:
-    """The whole numbers, each once, that the parameter `name` holds as "0 1 2". RecipeError for anything else."""
+def numbers(text: str | int, name: str) -> list[int]:
+    """The whole numbers, each once, that the parameter `name` holds as "0 1 2", or as one number (which papermill makes of "1"). RecipeError for
+    anything else."""
+    text = str(text)
     if not re.fullmatch(r"\s*(\d+(\s+|$))*", text) or len(set(text.split())) < len(text.split()):
         raise RecipeError(f'{name} = "{text}" is impossible: expected whole numbers with spaces between them, each once, such as "0 1 2"')
     return [int(number) for number in text.split()]

@@ -27,8 +27,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from . import bids, cohort, provenance, scanpages
-from .errors import InputError, WMHError, some
+from . import bids, cohort, layouts, provenance, scanpages
+from .errors import InputError, WMHError, reason, some, told
 from .files import sha256, write_atomic, write_table
 from .metrics import chosen, lesion_table
 from .naming import natural, stem
@@ -77,6 +77,10 @@ def find(flair: str | Path | list, t1: str | Path = "", inputs: Inputs | None = 
             raise InputError(f"{told}: name scans of that kind, or other weights (RUN=...)")
         print(f"{told}: left out", flush=True)
         scans = scans[~wrong].reset_index(drop=True)
+    own, others = ("t1", "flair") if inputs.t1_alone else ("flair", "t1")
+    odd = [path for path in scans["flair"] if layouts.names(path, others) and not layouts.names(path, own)]
+    if odd:
+        print(f"taken for {'T1w scans' if inputs.t1_alone else 'FLAIR'}, though their names say otherwise: {some(odd)}", flush=True)
     if t1 and inputs.t1_alone:
         raise InputError(f"these weights look at T1w scans alone: name them in flair (FLAIR=... of make predict), and leave t1 ({t1}) empty")
     if t1 and len(scans) > 1:
@@ -127,12 +131,12 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
             try:
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
                 if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind):
+                    provenance.refuse_edited(out, name, sidecar, kind)
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
                     spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices {missing} skipped"
                 rows.append(_row(name, sidecar, kind))
             except Exception as error:  # whatever is wrong with one scan, the others go on
-                reason = str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
-                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, kind, reason) | {"t1": scan.get("t1")})
+                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, kind, reason(error)) | {"t1": scan.get("t1")})
             if progress:
                 print(f"[{number}/{len(scans)}] {_line(rows[-1], spent)}", flush=True)
         if processes:
@@ -162,8 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
             engine = WMHInferenceEngine.from_run(RunFolder(given.run), f"cuda:{processes.local_process_index % gpus}" if gpus else "cpu")
             table = predict_scans(engine, find(given.flair, inputs=engine.recipe.inputs), given.out, processes=processes)
     except WMHError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return told(error)
     processes.wait_for_everyone()  # until the table is written
     failed = (table["status"] == "failed").sum()
     if processes.is_main_process:
@@ -227,7 +230,7 @@ def _shown(row: dict, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure
 def _row(name: str, sidecar: dict, kind: bids.Kind, failure: str = "") -> dict:
     """The row of one scan in the table, as its sidecar tells it."""
     subject, *others = name.split("_")
-    point = {key: sidecar["MadeWith"].get(key) for key in provenance.POINT[:4]}
+    point = {key: sidecar["MadeWith"].get(key) for key in provenance.OF_MASKS}
     return {"scan": name, "subject": subject, "session": next((part for part in others if part.startswith("ses-")), ""),
             "flair": sidecar["FLAIR"], **sidecar.get("Result", {}), **point, "status": "failed" if failure else "done",
             "reason": failure, "page": "" if failure else bids.paths(Path(), name, kind)["page"].as_posix()}
@@ -259,7 +262,7 @@ def _line(row: dict, spent: str) -> str:
     if row["status"] == "failed":
         return f"{row['scan']} failed: {row['reason']}"
     warnings = f"; {row['warnings']}" if row.get("warnings") else ""
-    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesions{', unsure' * bool(row['unsure'])} ({spent}){warnings}"
+    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesion{'s' * (row['lesions'] != 1)}{', unsure' * bool(row['unsure'])} ({spent}){warnings}"
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from .epochs import learning_rate
 from .errors import InputError, WMHError
 from .files import table_bytes
 from .medsam import build_encoder
-from .network import autocast, native_precision
+from .precision import autocast, native_precision
 from .pretext import draw_parts
 from .promptable import draw_prompts
 from .settings import merge
 from .slicestore import CaseSlices
 from .tasks import cut
 from .teacher import Distillation, Teacher
-from .trained import half, tensors_bytes
+from .weights import half, tensors_bytes
 from .workspace import RunFolder, stable_seed
 
 STUDENT = "student.safetensors"
@@ -74,12 +74,14 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     with Keeper(RunFolder(folder)) as keeper:
         state = keeper.newest(lambda state: _differing(state, origin, placeless))
         history = job.load(state) if state else []
+        keeper.claim()
         job.embed(folder / "embeddings.npy", progress)
         if progress and state:
             print(f"going on from {keeper.source.name}", flush=True)
         while len(history) < settings.training.epochs:
             epoch = len(history) + 1
             history.append({"epoch": epoch} | job.epoch(epoch) | job.validate())
+            keeper.hold()
             keeper.write(folder / "history.csv", table_bytes(pd.DataFrame(history)))
             if epoch % settings.training.checkpoint_epochs == 0 or epoch == settings.training.epochs:
                 keeper.checkpoint(epoch, {"origin": origin, "history": history, "student": job.student.state_dict(), "optimizer": job.optimizer.state_dict(),
@@ -88,6 +90,7 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
                 print("  ".join([f"epoch {epoch:3d}/{settings.training.epochs}"] +
                                 [f"{name.replace('_', ' ')} {history[-1][name]:.3f}" for name in ("feature", "mask", "val_feature", "val_agreement")]), flush=True)
         keeper.write(folder / STUDENT, student_bytes(job.student, job.teacher, origin))
+        keeper.release()
     return pd.DataFrame(history)
 
 
@@ -139,7 +142,8 @@ class _Job:
     def load(self, state: dict) -> list[dict]:
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # it may go on in another precision, on another GPU
+            self.scaler.load_state_dict(state["scaler"])
         return state["history"]
 
     def epoch(self, epoch: int) -> dict[str, float]:

@@ -19,7 +19,8 @@ from .settings import Recipe
 from .splits import split_cases
 from .workspace import RunFolder
 
-MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643
+MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643; 375,049,145 bytes
+MEDSAM_MD5 = "3bb6db55bd0c9ca30b61248bca72f8d6"
 KAGGLE_DATASET = "farahmo/wmh-dataset"
 DATAVERSE = "https://dataverse.nl"
 DATAVERSE_DOI = "doi:10.34894/AECRSD"
@@ -107,7 +108,7 @@ def fetch_medsam(folder: str | Path) -> Path:
     """MedSAM's checkpoint (375 MB, CC BY 4.0) from Zenodo, checked by md5; kept in `folder` and not fetched twice."""
     target = Path(folder).absolute() / "medsam_vit_b.pth"
     step = f"download it in a browser from {MEDSAM_URL} and give its path as medsam"
-    return fetch.retrieve(fetch.Session().ask(MEDSAM_URL), target, f"md5:{medsam.MEDSAM_MD5}", dict.fromkeys((401, 403, 404), step))
+    return fetch.retrieve(fetch.Session().ask(MEDSAM_URL), target, f"md5:{MEDSAM_MD5}", dict.fromkeys((401, 403, 404), step))
 
 
 def fetch_kaggle(folder: str | Path, t1: bool = False) -> None:

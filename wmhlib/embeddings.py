@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
+from .fetch import need_space
 from .files import atomic, read_json, write_atomic
 from .medsam import CHANNELS
 
@@ -66,19 +68,19 @@ def _unfit(path: Path, about: Path, key: dict, count: int) -> str:
 
 def _compute(path: Path, count: int, compute: Callable[[range], Tensor], batch: int, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Writes the file; mean and standard deviation of each channel."""
-    sums, maps = np.zeros((2, CHANNELS)), None
-    with atomic(path) as temporary:
+    sums, shape = np.zeros((2, CHANNELS)), ()
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         for first in tqdm(range(0, count, batch), "teacher's embeddings", disable=not progress, mininterval=5):
             values = compute(range(first, min(first + batch, count))).half().cpu().numpy()
             if not np.isfinite(values).all():
                 raise InputError(f"the teacher's embeddings of items {first} and on are not finite in float16: its weights do not fit its input")
-            if maps is None:
-                maps = np.lib.format.open_memmap(temporary, "w+", np.float16, (count, *values.shape[1:]))
-            maps[first : first + len(values)] = values
+            if not shape:
+                shape = (count, *values.shape[1:])
+                need_space(path.parent, values.itemsize * math.prod(shape))
+                np.lib.format.write_array_header_1_0(file, {"descr": values.dtype.str, "fortran_order": False, "shape": shape})
+            file.write(np.ascontiguousarray(values))
             wide = values.astype(np.float64)
             sums += [(wide**power).sum((0, 2, 3)) for power in (1, 2)]
-        maps.flush()
-        places = maps.size / CHANNELS
-        del maps
+    places = math.prod(shape) / CHANNELS
     mean = sums[0] / places
     return mean, np.sqrt(np.maximum(sums[1] / places - mean**2, 1e-8))

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from .canvas import from_canvas, neighbours
 from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
-from .metrics import filter_components, mask_at, reference_parts
-from .network import autocast, load_network, native_precision
+from .metrics import dice_of, filter_components, mask_at, reference_parts
+from .network import load_network
+from .precision import autocast, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
 from .volumes import Case, brain_slices, case_canvas, load_case
@@ -158,8 +159,7 @@ def plain_dice(row, segment: Callable[[Case], np.ndarray], inputs: Inputs) -> fl
     case = load_case(row.flair, row.t1, row.mask, inputs)
     lesion, ignored = reference_parts(case.mask)
     found = segment(case) & ~ignored
-    total = int(lesion.sum() + found.sum())
-    return 2 * int((lesion & found).sum()) / total if total else float("nan")
+    return float(dice_of((lesion & found).sum(), lesion.sum() + found.sum()))
 
 
 def turn(x: Tensor, turns: int, flip: bool, degrees: float = 0.0, zoom: float = 1.0) -> Tensor:

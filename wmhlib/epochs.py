@@ -24,7 +24,8 @@ from .ranks import Ranks
 from .sections import Training
 from .settings import Recipe
 from .tasks import cut, task_of
-from .trained import TrainedNet, tensors_bytes
+from .trained import TrainedNet
+from .weights import tensors_bytes
 from .workspace import RunFolder, stable_seed
 
 _DIVERGED, _COLLAPSED = 3.0, 0.5  # times the lowest and the first training loss of the epochs before: a network that collapsed, not a bad epoch

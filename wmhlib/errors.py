@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 
@@ -35,3 +36,14 @@ def listed(problems: list[str]) -> str:
     """The first ten problems, a line each, and how many more there are."""
     more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
     return "".join(f"\n  {line}" for line in problems[:10] + more)
+
+
+def reason(error: Exception) -> str:
+    """Why one of many could not be done, in a line: our own words, or another error with its name."""
+    return str(error) if isinstance(error, WMHError) else f"{type(error).__name__}: {error}"
+
+
+def told(error: WMHError) -> int:
+    """Says on the terminal what stopped a command; its exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pandas as pd
 from scipy import ndimage
 
 from .agreement import BINS
-from .errors import InputError, WMHError
+from .errors import InputError, WMHError, told
 from .files import write_table
 from .images import is_image
 from .metrics import (
@@ -20,6 +21,7 @@ from .metrics import (
     case_scores,
     chosen,
     components,
+    dice_of,
     mask_at,
     reference_parts,
     volume_ml,
@@ -42,7 +44,7 @@ TABLES = {
 }
 PERIVENTRICULAR_MM = 10.0
 _RESULTS = ("_wmh.nii.gz", "_mask.png")  # endings of a scan's mask and of an image's
-_POINT = ("threshold", "min_voxels", "tta", "zscore_threshold", "unsure_above", "poor_below")
+_POINT = ("threshold", "min_voxels", "tta", "dsc", "se", "n", "zscore_threshold", "unsure_above", "poor_below")
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _zones(lesion: np.ndarray, mask: np.ndarray, near: np.ndarray | None, spacin
     both = result[lesion[at]]
     for zone, inside in (("periventricular", True), ("deep", False)):
         sizes = [np.count_nonzero(some == inside) for some in (reference, result, both)]
-        rows.append(dict(zone=zone, dsc=2 * sizes[2] / sum(sizes[:2]) if any(sizes[:2]) else np.nan,
+        rows.append(dict(zone=zone, dsc=float(dice_of(sizes[2], sizes[0] + sizes[1])),
                          reference_ml=volume_ml(reference == inside, spacing), result_ml=volume_ml(result == inside, spacing)))
     return rows
 
@@ -226,10 +228,21 @@ def best_median_worst(gallery: list[dict]) -> list[dict]:
     return [order[i] | dict(rank=places[i]) for i in sorted(places) if order]
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or not all(sys.argv):
-        sys.exit("usage: python -m wmhlib.evaluation FLAIR REFERENCE RESULT")
+def main(arguments: list[str] | None = None) -> int:
+    """The command: the challenge's metrics of a mask file. Returns 1 where a WMHError stopped it."""
+    parser = argparse.ArgumentParser(prog="python -m wmhlib.evaluation", description=main.__doc__.splitlines()[0])
+    for name in ("flair", "reference", "result"):
+        parser.add_argument(name, metavar=name.upper())
+    given = vars(parser.parse_args(arguments))
+    missing = [name.upper() for name, path in given.items() if not path]
+    if missing:
+        parser.error(f"{', '.join(missing)} not given: name the three files")
     try:
-        print("  ".join(f"{name} {value:.3f}" for name, value in score_files(*sys.argv[1:]).items()))
+        print("  ".join(f"{name} {value:.3f}" for name, value in score_files(**given).items()))
     except WMHError as error:
-        sys.exit(f"error: {error}")
+        return told(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

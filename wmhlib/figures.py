@@ -21,7 +21,18 @@ from .errors import InputError
 from .files import atomic
 from .metrics import reference_parts
 from .search import NEAR_BEST, plateau
-from .slices import enlarge, head_box, height_mm, label_row, mask_colour, name_sides, outline, show, to_display
+from .slices import (
+    enlarge,
+    head_box,
+    height_mm,
+    label_row,
+    mask_colour,
+    name_sides,
+    outline,
+    show,
+    tallness,
+    to_display,
+)
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
@@ -149,7 +160,7 @@ def predictions_figure(rows: list[dict]) -> Figure:
     `result_ml`. Raises InputError where there is none."""
     if not rows:
         raise InputError("no predictions to show: expected at least one case")
-    heights = [row["flair"].shape[0] * row["spacing"][0] / (row["flair"].shape[1] * row["spacing"][1]) for row in rows]
+    heights = [tallness(row["flair"], row["spacing"]) for row in rows]
     fig, axes = page(len(rows), 5, (8, 1.55 * sum(heights) + 0.35 * len(rows) + 0.4), height_ratios=heights)
     for line, row in zip(axes, rows):
         lesion, ignored = reference_parts(row["reference"])
@@ -245,8 +256,7 @@ def overlay_figure(flair: np.ndarray, mask: np.ndarray, prob: np.ndarray, entrop
     others = sorted(set(range(len(area))) - chosen, key=lambda z: min(abs(z - c) for c in chosen))
     chosen = sorted(chosen | set(others[: slices - len(chosen)]))
     box = head_box(flair[..., chosen].max(2))
-    height = flair[..., 0][box].shape[0] * spacing[0] / (flair[..., 0][box].shape[1] * spacing[1])
-    fig, axes = page(4, len(chosen), (1.5 * len(chosen) + 0.8, 6 * height + 0.3))
+    fig, axes = page(4, len(chosen), (1.5 * len(chosen) + 0.8, 6 * tallness(flair[..., 0][box], spacing) + 0.3))
     for column, z in zip(axes.T, chosen):
         for ax in column:
             show(ax, flair[..., z][box], spacing, dim=1 if ax in column[:2] else 0.6)

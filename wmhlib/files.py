@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, ending in its name (so `.nii.gz` stays); at the end the file written there
     reaches the disk and takes the name `path`. After an error it is removed and `path` is as it was; the disk's own errors become InputError."""
     path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -44,6 +45,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path` for what is not yet whole, ending in its own."""
+    return path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -71,6 +77,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         table = pd.read_csv(path, dtype={name: str for name in _TEXT_COLUMNS}, keep_default_na=False, na_values=[""])
     except (ValueError, OverflowError, IsADirectoryError) as error:  # pandas' own errors and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path} is not a CSV table ({error}): delete it and run the notebook that writes it") from None
+    except OSError as error:
+        raise disk_error(path, error) from error
     table = table.assign(**{name: table[name].fillna("") for name in _TEXT_COLUMNS if name in table})
     if any(table[name].str.contains("\0", regex=False).any() for name in _TEXT_COLUMNS if name in table):
         raise InputError(f"{path} holds a NUL: delete it and run the notebook that writes it")
@@ -88,12 +96,19 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+def is_number(value) -> bool:
+    """Whether what a JSON file holds is a finite number of a size that makes sense."""
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+
+
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file. Raises InputError if it is none."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise InputError(f"{path} is not a text file ({error}): delete it and run the notebook that writes it") from None
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def sha256(path: str | Path) -> str:

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_iter
 
 from .errors import RecipeError
 from .losses import total_loss
-from .network import PRECISIONS, build_network, native_precision
+from .network import build_network
+from .precision import PRECISIONS, native_precision
 from .sections import Training
 from .settings import Recipe
 from .tasks import task_of
@@ -37,10 +38,10 @@ _STATES = 16  # bytes a trained parameter: AdamW's two moments, and the sum of a
 
 
 def device_memory(device: torch.device) -> tuple[str, int]:
-    """Name and bytes of a device: a GPU's own memory, or what this process may use of the machine's."""
+    """Name and bytes of a device: what this process may use of a GPU's memory, or of the machine's."""
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return properties.name, properties.total_memory
+        free, total = torch.cuda.mem_get_info(device)  # another process may hold some of it
+        return torch.cuda.get_device_name(device), min(total, free + torch.cuda.memory_reserved(device))
     return "CPU", min(psutil.virtual_memory().total, *_memory_limits())
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from nibabel.affines import apply_affine, voxel_sizes
 from nilearn import datasets
-from scipy import ndimage
+from scipy import ndimage, signal
 
 from .errors import InputError
 from .sections import Inputs
@@ -92,8 +92,8 @@ def _white_level(values: np.ndarray) -> float:
     top = np.percentile(values, 95)
     counts, edges = np.histogram(values[values > 0.3 * top], 80)
     counts = ndimage.gaussian_filter1d(counts.astype(float), 2)
-    modes = [i for i in range(1, 79) if counts[i - 1] < counts[i] >= counts[i + 1] and counts[i] > 0.2 * counts.max()]
-    return float(edges[modes[-1] if modes else counts.argmax()] + edges[1] / 2 - edges[0] / 2)
+    modes, _ = signal.find_peaks(counts, height=0.2 * counts.max())
+    return float(edges[modes[-1] if len(modes) else counts.argmax()] + edges[1] / 2 - edges[0] / 2)
 
 
 def _register(moving: np.ndarray, affine: np.ndarray, fixed: np.ndarray, origin: tuple[int, int, int]) -> tuple[np.ndarray, float]:

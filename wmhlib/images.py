@@ -84,6 +84,8 @@ def read_mask(path: str | Path) -> np.ndarray:
     """A mask, bool H x W: True where the file is not 0. Raises InputError for more values than 0 and one other; a JPEG, which
     blurs them, is cut at 128 of 255."""
     values = _values(path, "L")
+    if not np.isfinite(values).all():
+        raise InputError(f"{path} holds pixels that are no numbers: expected a mask, 0 and one other value")
     levels = np.unique(values)
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
     if 0 < levels[-1] < 128 if lossy else levels[0] != 0 or len(levels) > 2:
@@ -95,9 +97,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 def field(grey: np.ndarray) -> np.ndarray:
     """Where a photograph shows something, bool H x W: all but the darkness, below 5 % of its 99th percentile, that begins at the edges."""
     low, high = float(grey.min()), float(np.percentile(grey, 99))
-    dark, _ = ndimage.label(grey <= low + _DARK * (high - low))
-    edges = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]])
-    return (dark == 0) | ~np.isin(dark, edges)
+    return ndimage.binary_fill_holes(grey > low + _DARK * (high - low))
 
 
 def normalise(pixels: np.ndarray, inner: np.ndarray, channels: tuple[str, ...], path: str | Path = "the image") -> np.ndarray:

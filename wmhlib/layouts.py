@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from . import bidslayout
+from . import bids, bidslayout
 from .errors import InputError, listed
 from .naming import ROLES, candidate, clean, stem
 from .tables import table_rows
@@ -85,11 +84,8 @@ def _unlisted(error: OSError) -> None:
 
 
 def _our_own(folder: Path) -> bool:
-    try:
-        description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
-        return any(tool["Name"] == "wmhlib" for tool in description["GeneratedBy"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no description, or none that names its tool
-        return (folder.parent.name, folder.name) == ("derivatives", "wmhlib")
+    nameless = (folder.parent.name, folder.name) == ("derivatives", "wmhlib") and "GeneratedBy" not in bids.described(folder)
+    return nameless or bids.made_by_us(folder)
 
 
 def _challenge(files: list[Path], root: Path, contrast: str) -> list[dict]:
@@ -115,12 +111,19 @@ def _challenge(files: list[Path], root: Path, contrast: str) -> list[dict]:
 def _plain(files: list[Path], root: Path, contrast: str) -> list[dict]:
     rows, others = [], _NO_SCAN if contrast == "flair" else _NO_SCAN - {"t1", "t1w"}
     for path in files:
-        words = re.split(r"[^a-z0-9]+", stem(path).lower())
-        named = (_T1W.fullmatch(word) if contrast == "t1" else "flair" in word for word in words)
-        if any(named) and not others & set(words):
+        if names(path, contrast) and not others & set(_words(path)):
             case = clean("_".join((*path.relative_to(root).parts[:-1], stem(path))))
             rows.append(candidate(case, case, root.name, flair=[path]))
     return rows
+
+
+def names(path: str | Path, contrast: str) -> bool:
+    """Whether the name of the file `path` says that it is a scan of `contrast` ("flair" or "t1")."""
+    return any(_T1W.fullmatch(word) if contrast == "t1" else "flair" in word for word in _words(path))
+
+
+def _words(path: str | Path) -> list[str]:
+    return re.split(r"[^a-z0-9]+", stem(path).lower())
 
 
 def _table(path: Path, labelled: bool, contrast: str) -> list[dict]:

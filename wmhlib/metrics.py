@@ -48,7 +48,7 @@ def challenge_scores(reference: np.ndarray, result: np.ndarray, spacing) -> dict
     lesion, result = lesion[box], result[box] & ~ignored[box]
     size, result_size = np.count_nonzero(lesion), np.count_nonzero(result)
     both = lesion & result
-    dsc = 2 * np.count_nonzero(both) / (size + result_size) if size + result_size else np.nan
+    dsc = float(dice_of(np.count_nonzero(both), size + result_size))
     avd = 100 * abs(size - result_size) / size if size else np.nan
     recall, precision = _share_hit(lesion, both), _share_hit(result, both)
     f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
@@ -61,6 +61,11 @@ def case_scores(reference: np.ndarray, result: np.ndarray, spacing) -> dict[str,
     lesion, ignored = reference_parts(reference)
     return challenge_scores(reference, result, spacing) | dict(
         reference_ml=volume_ml(lesion, spacing), result_ml=volume_ml(result & ~ignored, spacing))
+
+
+def dice_of(both: np.ndarray | int, total: np.ndarray | int) -> np.ndarray:
+    """Dice of masks with `both` voxels in common and `total` in all; NaN for two empty ones."""
+    return np.divide(2 * np.asarray(both), total, out=np.full(np.shape(total), np.nan), where=np.asarray(total) > 0)
 
 
 def _share_hit(mask: np.ndarray, both: np.ndarray) -> float:

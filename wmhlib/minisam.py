@@ -8,12 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from .engine import WMHInferenceEngine, plain_dice
+from .errors import RecipeError
+from .fewshot import few_slices_recipe
 from .presets import planned
 from .sections import Encoder, Loss
 from .settings import Recipe
 from .workspace import RunFolder
 
 RANK = 8
+RANKS = f"adapter.method=lora adapter.rank_attention={RANK} adapter.rank_mlp={RANK}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,22 @@ def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Rec
     """`recipe` for `encoder` under LoRA of rank 8, with cross-entropy + Dice as its loss; whoever is compared gets the same."""
     adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK, neck=False)
     return replace(recipe.afresh(), encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
+
+
+def modality_recipe(base: Recipe, name: str, overrides: str = "") -> Recipe:
+    """`base` under LoRA of rank 8 (unless `overrides` say otherwise) for synthetic heads of the contrast `name` (`sections.SCANNERS`)."""
+    split = replace(base.split, protocol="stratified", held_out="", fold=0)
+    return replace(base.afresh(), split=split).with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
+
+
+def check_request(recipe: Recipe, plan: Plan, overrides: str) -> None:
+    """RecipeError, before the hours of phase 1, for what a later part of notebook 08 cannot do with a run of this `recipe`."""
+    if recipe.inputs.images or recipe.inputs.t1_alone or recipe.volume.network:
+        raise RecipeError("notebook 08 adapts networks of FLAIR slices to synthetic heads of other contrasts: name a run of FLAIR scans")
+    adapted = adapted_recipe(recipe, recipe.encoder, f"{plan.adapt} {overrides}")
+    few_slices_recipe(adapted, 1, 0, plan.few)
+    for name in plan.names:
+        modality_recipe(adapted, name, plan.modalities)
 
 
 def adaptation(run: RunFolder, folder: str | Path, encoder: Encoder, overrides: str = "") -> RunFolder:

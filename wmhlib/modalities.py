@@ -28,14 +28,13 @@ from .engine import WMHInferenceEngine, plain_dice
 from .errors import CheckpointError, InputError, RecipeError
 from .figures import ORANGE, page
 from .files import sha256, write_atomic, write_table
-from .minisam import RANK
+from .minisam import modality_recipe
 from .network import WMHNet, load_network
 from .settings import Recipe
-from .trained import read_tensors, tensors_bytes
+from .weights import read_tensors, tensors_bytes
 from .workspace import RunFolder
 
 CONFIG, ADAPTER, DECODER = "adapter_config.json", "adapter_model.safetensors", "decoder.safetensors"
-RANKS = f"adapter.method=lora adapter.rank_attention={RANK} adapter.rank_mlp={RANK}"
 _NEW = "default"  # the adapter that a WMHNet has: here the place where a state is checked before it gets its name
 
 
@@ -145,7 +144,7 @@ def train(folder: str | Path, base: Recipe, names: tuple[str, ...], overrides: s
     """
     runs = {name: RunFolder(Path(folder, "runs", name)) for name in names}
     for name, run in runs.items():
-        recipe = replace(base.afresh(), split=replace(base.split, protocol="stratified", held_out="", fold=0)).with_overrides(f"{RANKS} {overrides} cohort.scanners={name}")
+        recipe = modality_recipe(base, name, overrides)
         prepare(run.open(recipe), recipe)
         if progress:
             print(f"modality {name}, {recipe.cohort.synthetic_cases} synthetic cases", flush=True)

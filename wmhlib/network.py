@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from .adapters import adapt, budget, merge
 from .errors import CheckpointError
-from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint, weights_sha256
+from .medsam import CHANNELS, ImageEncoder, build_encoder, load_checkpoint
+from .precision import dtype_of
 from .presets import PRESETS, preset
 from .pretext import Pretext
 from .settings import Recipe
 from .trained import TrainedNet, read_weights
+from .weights import check_state, weights_sha256
 
 _SCALES = (128, 64, 32, 16)  # channels of the decoder, coarsest scale first
-PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # as people call them
 _PRIOR = -4.0  # bias of the heads: lesions are rare
 
 
@@ -91,7 +92,7 @@ class WMHNet(TrainedNet):
         rest = load_checkpoint(encoder, recipe.encoder.checkpoint) if recipe.encoder.checkpoint else {}
         prompts = self.pretext.promptable if self.pretext else None
         self.started = [name for name, part, prefix in (("channel_adapter", self.channel_adapter, "channel_adapter."), ("decoder", self.decoder, "decoder."),
-                                                        ("skip", self.skip, "skip."), ("prompts", prompts, "")) if part and _start(part, rest, prefix)]
+                                                        ("skip", self.skip, "skip."), ("prompts", prompts, "")) if part and _start(part, rest, prefix, recipe.encoder.checkpoint)]
         self.base_sha256 = "" if encoder.pos_embed.is_meta else weights_sha256(encoder)  # no data, where only sizes are counted
         if recipe.encoder.bits == 4:
             from .quantised import quantise  # here, since bitsandbytes is needed for nothing else
@@ -145,26 +146,6 @@ class WMHNet(TrainedNet):
         return network.cast_frozen(precision)
 
 
-def native_precision(wanted: str, device: torch.device) -> str:
-    """`wanted` ("no", "bf16", "fp16"), or what `device` computes without emulation in its place: fp16 for bf16 on an older
-    GPU, "no" (fp32) for either on a CPU without bf16 instructions."""
-    if device.type == "cuda":
-        return "fp16" if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False) else wanted
-    if wanted == "bf16" and device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16"
-    return "no"
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """The type of numbers that `precision` ("no", "bf16", "fp16") computes with."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """Mixed precision on `device`: none for "no"."""
-    return torch.autocast(torch.device(device).type, dtype_of(precision), enabled=precision != "no")
-
-
 def build_network(recipe: Recipe) -> TrainedNet:
     """The network of `recipe`: a `WMHNet` of slices, or where it has a `volume.network` a `VolumeNet` of volumes."""
     if not recipe.volume.network:
@@ -205,19 +186,19 @@ def base_channel_adapter(state: dict[str, Tensor], channels: int, source: str | 
     if not state:
         return None
     adapter = channel_adapter(channels)
-    try:
-        adapter.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {source} has a channel adapter that does not fit {channels} input channels: {error}") from None
+    check_state(adapter.state_dict(), state, f"checkpoint {source} has a channel adapter that does not fit {channels} input channels")
+    adapter.load_state_dict(state)
     return adapter
 
 
-def _start(part: nn.Module, rest: dict[str, Tensor], prefix: str) -> bool:
-    """Whether `part` begins with the weights of a base file under `prefix`, which it does if all of them fit."""
+def _start(part: nn.Module, rest: dict[str, Tensor], prefix: str, source: str) -> bool:
+    """Whether `part` begins with the weights of the base file `source` under `prefix`, which it does if all of them fit. CheckpointError where they
+    are no weights."""
     expected = part.state_dict()
     state = {key: rest[prefix + key] for key in expected if prefix + key in rest}
     fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
     if fits:
+        check_state(expected, state, f"checkpoint {source} cannot be started from")
         part.load_state_dict(state)
     return fits
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError
-from .medsam import CHANNELS, PATCH, check_state
+from .medsam import CHANNELS, PATCH
 from .volumes import AIR
+from .weights import check_state
 
 BACKGROUND, FOREGROUND, PADDING, CORNERS = 0, 1, -1, (2, 3)  # labels of points, as SAM codes them
 _POINTS = 3  # drawn within a mask, at most
@@ -189,7 +190,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 def promptable_of(state: dict[str, Tensor], source: str | Path) -> Promptable:
     """The prompt encoder and mask decoder, in evaluation mode, from the tensors by name of the SAM, MedSAM or shipped base file `source`
-    (`medsam.read_state`), whatever else is among them. Raises CheckpointError listing every missing, unexpected and misshapen key."""
+    (`weights.read_state`), whatever else is among them. Raises CheckpointError listing every missing, unexpected and misshapen key."""
     state = {key: value for key, value in state.items() if key.startswith(_PARTS)}
     if missing := [key for key in (_WIDTH, _MASKS) if key not in state]:
         raise CheckpointError(f"checkpoint {source} holds no prompt encoder and mask decoder: missing {', '.join(missing)}; expected a file of SAM or MedSAM")

@@ -22,7 +22,8 @@ from .errors import CheckpointError, InputError
 from .evaluation import ZERO_SHOT
 from .medsam import PATCH, ImageEncoder, load_checkpoint
 from .metrics import reference_parts
-from .network import autocast, base_channel_adapter, native_precision
+from .network import base_channel_adapter
+from .precision import autocast, native_precision
 from .promptable import Prompts, promptable_of, three_channels
 from .settings import Recipe
 from .volumes import Case, case_canvas

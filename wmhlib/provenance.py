@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import os
+import zlib
 from pathlib import Path
 
 from . import __version__, bids
-from .files import sha256
+from .errors import InputError
+from .files import is_number, sha256
 from .nifti import need_file
+from .sections import Operating
 
-POINT = ("threshold", "min_voxels", "min_mm3", "tta", "unsure_above")  # of an operating point, what results depend on
+OF_MASKS = tuple(Operating().point)  # of an operating point, what masks depend on
+POINT = (*OF_MASKS, "unsure_above")  # and all that results do
 
 
 @functools.cache
@@ -44,6 +49,20 @@ def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: d
             and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
 
 
+def refuse_edited(out: Path, name: str, sidecar: dict | None, kind: bids.Kind = bids.WMH) -> None:
+    """InputError where the mask that `sidecar` describes was changed by hand since, which would be lost if it were made anew; one that is damaged may be."""
+    path = bids.paths(out, name, kind)["mask"]
+    if sidecar is None or not path.is_file() or sidecar["Files"].get(path.name) in (None, sha256(path)):
+        return
+    try:
+        with gzip.open(path) as file:  # whose checksum holds
+            while file.read(1 << 24):
+                pass
+    except (OSError, EOFError, zlib.error):
+        return
+    raise InputError(f"{path} was changed since it was made: move it elsewhere to have it made anew, or leave the scan out")
+
+
 def done_before(out: Path, kind: bids.Kind = bids.WMH) -> dict[str, dict]:
     """The sidecars of what was made in `out` before, by the scan's name, their FLAIR as an absolute path."""
     complete = {name: sidecar for name, sidecar in bids.read_sidecars(out, kind).items() if _is_complete(sidecar)}
@@ -57,9 +76,6 @@ def _is_complete(sidecar: dict) -> bool:
     if not all(isinstance(sidecar.get(key), kind) for key, kind in kinds.items()) or "\0" in sidecar["FLAIR"]:
         return False
 
-    def number(value) -> bool:
-        return type(value) in (int, float) and not abs(value) > 1e9
-
     result, point = sidecar["Result"], [sidecar["MadeWith"].get(key) for key in POINT]
-    return (type(result.get("lesions")) is int and all(number(result.get(key)) for key in ("lesions", "volume_ml", "uncertainty"))
-            and type(result.get("unsure")) in (bool, type(None)) and all(type(value) in (bool, type(None)) or number(value) for value in point))
+    return (type(result.get("lesions")) is int and all(is_number(result.get(key)) for key in ("lesions", "volume_ml", "uncertainty"))
+            and type(result.get("unsure")) in (bool, type(None)) and all(type(value) in (bool, type(None)) or is_number(value) for value in point))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from . import bids, figures
 from .captions import caption
 from .pages import render
-from .slices import fullest, head_box, outline, show, to_display
+from .slices import fullest, head_box, outline, show, tallness, to_display
 from .viewer import viewer
 
 _INCHES, _DPI = 1.3, 100  # width of a thumbnail
@@ -52,8 +52,7 @@ def thumbnail(case: dict) -> bytes:
     z = fullest(mask)
     box = head_box(flair[..., z])
     image = flair[..., z][box]
-    height = image.shape[0] * spacing[0] / (image.shape[1] * spacing[1])
-    fig = Figure(figsize=(_INCHES, _INCHES * np.clip(height, 0.5, 2)), dpi=_DPI, facecolor="black")
+    fig = Figure(figsize=(_INCHES, _INCHES * np.clip(tallness(image, spacing), 0.5, 2)), dpi=_DPI, facecolor="black")
     ax = fig.add_axes((0, 0, 1, 1))
     show(ax, image, spacing)
     outline(ax, mask[..., z][box], figures.YELLOW)

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from .agreement import bootstrap_ci
 from .errors import InputError
-from .metrics import bounding_box, components, reference_parts, smallest
+from .metrics import bounding_box, components, dice_of, reference_parts, smallest
 from .sections import Operating
 from .uncertainty import case_uncertainty, unsure_limit
 
@@ -115,7 +115,7 @@ def compare(table: pd.DataFrame, point: dict, operating: Operating, seed: int) -
     chosen, rows = per_case.loc[_row(table, point)], []
     for name, at in (("chosen", point), ("recipe", operating.point)):
         dice = per_case.loc[_row(table, at)]
-        rows.append({"point": name, **{key: at[key] for key in ("threshold", "min_voxels", "min_mm3", "tta")},
+        rows.append({"point": name, **{key: at[key] for key in operating.point},
                      **dict(zip(("dsc", "low", "high", "left_out"), bootstrap_ci(dice, seed))),
                      **dict(zip(("difference", "difference_low", "difference_high"), bootstrap_ci(dice - chosen, seed)))})
     return pd.DataFrame(rows)
@@ -167,13 +167,8 @@ def _dice_grid(prob: np.ndarray, lesion: np.ndarray, ignored: np.ndarray, thresh
         at, labels, count = components(prob >= threshold)
         whole, hit, counted = (np.bincount(labels[part], minlength=count + 1) for part in (..., lesion[at], counts[at]))
         kept = whole >= sizes[:, None]
-        dice[row] = _dice(kept @ hit, lesion_size + kept @ counted)
+        dice[row] = dice_of(kept @ hit, lesion_size + kept @ counted)
     return dice
-
-
-def _dice(both: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Dice of masks with `both` voxels in common and `total` in all; NaN for two empty ones."""
-    return np.divide(2 * both, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def _dice_above(flair_z: np.ndarray, allowed: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
@@ -184,5 +179,5 @@ def _dice_above(flair_z: np.ndarray, allowed: np.ndarray, lesion: np.ndarray) ->
         passed = np.bincount(np.searchsorted(levels, values[values > levels[0]]), minlength=len(levels) + 1)
         return np.cumsum(passed[::-1])[::-1][1:]
 
-    dice = _dice(above(flair_z[allowed & lesion]), int(lesion.sum()) + above(flair_z[allowed]))
+    dice = dice_of(above(flair_z[allowed & lesion]), int(lesion.sum()) + above(flair_z[allowed]))
     return dict(zip((f"z {t:g}" for t in ZSCORES), dice.tolist()))

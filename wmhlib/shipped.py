@@ -14,12 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from .errors import InputError, WMHError
+from .errors import InputError, WMHError, told
 from .files import read_table, write_atomic, write_table
-from .medsam import BASE
 from .network import load_network
 from .sections import SHIPPED
-from .trained import half, tensors_bytes
+from .weights import BASE, half, tensors_bytes
 from .workspace import MINISAM, RunFolder
 
 _COLUMNS = ["case", "subject", "site", "group", "origin", "lesion_ml", "digest"]  # of a cohort, that tell what the weights have seen
@@ -29,7 +28,7 @@ def export_base(run: RunFolder, path: Path = BASE) -> Path:
     """Writes the network of `run`, whose encoder was trained in full or not at all, and which learnt prompts, as a base file: the keys
     of a SAM state dict, and channel adapter, decoder and skip to start from, matrices in half precision. InputError for another run."""
     network, _ = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
-    if network.recipe.adapter.method not in ("full", "none") or network.pretext is None:
+    if network.recipe.adapter.method not in ("full", "none") or not network.recipe.pretext.prompts:
         raise InputError(f"{run.path} did not train a base: expected one of preset base (adapter.method full or none, pretext.prompts above 0)")
     names = {"encoder.": "image_encoder.", "pretext.promptable.": "", "channel_adapter.": "channel_adapter.", "decoder.": "decoder.", "skip.": "skip."}
     state = {new + key.removeprefix(old): half(value) for key, value in network.state_dict().items()
@@ -47,9 +46,9 @@ def export_adapter(run: RunFolder, folder: Path = MINISAM.path) -> Path:
     there, point = RunFolder(folder), run.point(network.fingerprint())
     origin = {"recipe": network.recipe.to_json(), "base_sha256": network.base_sha256, "split": split}
     state = {key: half(value) for key, value in network.trained_state().items()}
-    figures = [run.figures / f"{name}.png" for name in ("training_curves", "search_heatmap")]  # which a report shows
+    heatmap = run.figures / "search_heatmap.png"  # which a report shows
     copies = {folder / path.relative_to(run.path): run.need(path, "04_search").read_bytes()
-              for path in (run.history_csv, run.split_csv, run.recipe_json, *figures)}
+              for path in (run.history_csv, run.split_csv, run.recipe_json, heatmap)}
     cohort = read_table(run.cohort_csv)[_COLUMNS].assign(flair="", t1="", mask="", ventricles="")
     there.earlier_csv.unlink(missing_ok=True)
     if run.earlier_csv.exists():
@@ -72,8 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print({"base": export_base, "adapter": export_adapter}[given.what](RunFolder(given.run)))
     except WMHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     return 0
 
 

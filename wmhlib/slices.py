@@ -63,6 +63,11 @@ def fullest(mask: np.ndarray) -> int:
     return int(area.argmax()) if area.any() else mask.shape[2] // 2
 
 
+def tallness(image: np.ndarray, spacing) -> float:
+    """Height over width of a slice of that `spacing` (mm, of rows and columns)."""
+    return image.shape[0] * spacing[0] / (image.shape[1] * spacing[1])
+
+
 def show(ax, image: np.ndarray, spacing, dim: float = 1.0, name: str = "") -> None:
     """A slice in grey (`window`); `dim` below 1 darkens all of it;
     `name` stands in a lower corner."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
 import pandas as pd
 
 from .errors import InputError, RecipeError, some
-from .files import read_table
+from .files import read_table, table_bytes, write_table
 from .settings import Recipe
 from .workspace import RunFolder, stable_seed
 
@@ -66,6 +67,20 @@ def check_split(split: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
     for role in [name for name in ("flair", "mask") if name in cohort]:
         files = {case: os.path.realpath(path) for case, path in zip(cohort["case"], cohort[role]) if path}
         _one_side(split.assign(**{role: split["case"].map(files)}), role)
+    return split
+
+
+def deal(run: RunFolder, cases: pd.DataFrame) -> pd.DataFrame:
+    """The split of `cases` by the recipe of `run`, kept in split.csv. A sound split that weights or checkpoints of the run were made with stays as it is,
+    though another was dealt, or it was changed by hand; that is said."""
+    split = split_cases(cases, run.recipe())
+    if run.split_csv.exists() and (run.best.exists() or run.checkpoints.exists()):
+        with contextlib.suppress(InputError):
+            kept = check_split(read_table(run.split_csv), cases)
+            if table_bytes(kept) != table_bytes(split):
+                print(f"{run.split_csv} is not what these cases are dealt now, and stays: the run was trained on it", flush=True)
+            return kept
+    write_table(split, run.split_csv)
     return split
 
 

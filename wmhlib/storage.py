@@ -12,7 +12,6 @@ import random
 import re
 import stat
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from .errors import CheckpointError
-from .files import sha256
+from .files import sha256, temporary_name
 from .workspace import RunFolder
 
 _FORMAT = 2
 _CHECKPOINT = re.compile(r"epoch_(\d{4,9})\.(pt|json)")
-_TEMPORARY = re.compile(r"\.session|\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors|earlier\.csv|failed_batch\.safetensors|\.session)")
+_TEMPORARY = re.compile(r"\.session|\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors|earlier\.csv|failed_batch\.safetensors|student\.safetensors|embeddings\.npy|\.session)")
 _REMOTE = ("fuse.", "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs")
 
 
@@ -77,7 +76,7 @@ def place_checkpoint(path: Path, data: bytes | memoryview, digest: str, written:
 def place(path: Path, data: bytes | memoryview, digest: str, written: int = 0) -> None:
     """Write `data`, whose sha256 is `digest`, to `path`, and see it there by reading it back from the disk; or OSError. Its
     time of change becomes `written` (ns), when the data were made and not when a slow folder got them."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)

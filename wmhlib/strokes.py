@@ -93,36 +93,42 @@ class StrokeScan(Scan):
 
     def infarct(self, kind: str, ml: float, grey: Tensor, white: Tensor) -> tuple[Stroke, Tensor]:
         """An infarct of `ml` mL, and how many mm of the tissue around its ventricle are lost with it."""
-        patient, brain, uniform = self.patient, self.patient.inner, self.patient.uniform
-        side, deep, matter = 1 if uniform(0, 1) < 0.5 else -1, -brain.to_brain, grey + white
-        x = side * brain.points[..., 0]
-        room, away = (deep > 0.5) & (brain.to_ventricles > 1.5) & (x > (2 if kind == "territorial" else -90)), torch.zeros_like(grey)
-        radius = (3000 * ml / (4 * np.pi)) ** (1 / 3)
-        if kind == "lacunar":
-            centre = np.array(_DEEP[patient.rng.integers(len(_DEEP))]) * (side, 1, 1) + patient.rng.normal(0, 3, 3)
-            radii = radius * np.exp(patient.rng.normal(0, 0.25, 3))
-            score = -((brain.points - _at(centre)) / _at(radii)).square().sum(-1) + 0.25 * brain.fine
-            room &= matter > 0.6
-        elif kind == "cortical":
-            centre = self.pick((deep > 2) & (deep < 8) & (grey > 0.5) & (brain.points[..., 2] > -50))
-            distance = (brain.points - centre).square().sum(-1).sqrt()
-            score = -distance / (1.3 * radius + 2) + 0.4 * (grey - white) + 0.3 * brain.field(9) + 0.05 * brain.fine
-            room &= (deep < 14) & (distance < 3 * radius + 6)
-        else:
-            artery = str(patient.rng.choice(list(_ARTERIES), p=_CALIBRE))
-            margin = self.territory(artery)
-            centre = self.pick((margin > 3) & (deep > 2) & (deep < 8) & (x > 4) & (brain.points[..., 2] > -32))
-            apex = _at((side * 17.0, 0.4 * float(centre[1]) - 8, 0.3 * float(centre[2]) + 6))
-            ray = brain.points - apex
-            length = ray.square().sum(-1).sqrt().clamp_(min=1e-3)
-            axis = (centre - apex) / (centre - apex).norm()
-            angle = torch.acos(((ray @ axis) / length).clamp(-1, 1))
-            score = -angle / 0.7 + 0.3 * brain.field(22) + 0.12 * brain.field(7) + 0.04 * brain.fine
-            score = torch.minimum(score, (margin + 4 * brain.field(15)) / 8)
-            score += ((length - uniform(4, 16)) / 10).clamp_(max=0)
-            near = torch.exp(-(ray.square().sum(-1)) / (2 * 30**2)) * (x > 1)
-            away = near * uniform(2, 8) * min(1.0, ml / 50)
-        return self.infarcted(self.grown(score, room, ml), kind), away
+        brain, side = self.patient.inner, 1 if self.patient.uniform(0, 1) < 0.5 else -1
+        draw = {"lacunar": self.lacunar, "cortical": self.cortical, "territorial": self.territorial}[kind]
+        score, room, lost = draw(side, ml, grey, white)
+        room &= (brain.to_brain < -0.5) & (brain.to_ventricles > 1.5)
+        return self.infarcted(self.grown(score, room, ml), kind), lost
+
+    def lacunar(self, side: int, ml: float, grey: Tensor, white: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score of each place, room and loss of a small one at the end of a deep artery on a `side` (1: right, -1: left)."""
+        brain, rng = self.patient.inner, self.patient.rng
+        centre = np.array(_DEEP[rng.integers(len(_DEEP))]) * (side, 1, 1) + rng.normal(0, 3, 3)
+        radii = _radius(ml) * np.exp(rng.normal(0, 0.25, 3))
+        score = -((brain.points - _at(centre)) / _at(radii)).square().sum(-1) + 0.25 * brain.fine
+        return score, grey + white > 0.6, torch.zeros_like(grey)
+
+    def cortical(self, side: int, ml: float, grey: Tensor, white: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of one of a gyrus or two, on either side."""
+        brain, radius, deep = self.patient.inner, _radius(ml), -self.patient.inner.to_brain
+        centre = self.pick((deep > 2) & (deep < 8) & (grey > 0.5) & (brain.points[..., 2] > -50))
+        distance = (brain.points - centre).square().sum(-1).sqrt()
+        score = -distance / (1.3 * radius + 2) + 0.4 * (grey - white) + 0.3 * brain.field(9) + 0.05 * brain.fine
+        return score, (deep < 14) & (distance < 3 * radius + 6), torch.zeros_like(grey)
+
+    def territorial(self, side: int, ml: float, grey: Tensor, white: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a wedge of an artery's territory."""
+        patient, brain, x = self.patient, self.patient.inner, side * self.patient.inner.points[..., 0]
+        margin, deep = self.territory(str(patient.rng.choice(list(_ARTERIES), p=_CALIBRE))), -brain.to_brain
+        centre = self.pick((margin > 3) & (deep > 2) & (deep < 8) & (x > 4) & (brain.points[..., 2] > -32))
+        apex = _at((side * 17.0, 0.4 * float(centre[1]) - 8, 0.3 * float(centre[2]) + 6))
+        ray = brain.points - apex
+        length = ray.square().sum(-1).sqrt().clamp_(min=1e-3)
+        angle = torch.acos(((ray @ ((centre - apex) / (centre - apex).norm())) / length).clamp(-1, 1))
+        score = -angle / 0.7 + 0.3 * brain.field(22) + 0.12 * brain.field(7) + 0.04 * brain.fine
+        score = torch.minimum(score, (margin + 4 * brain.field(15)) / 8)
+        score += ((length - patient.uniform(4, 16)) / 10).clamp_(max=0)
+        near = torch.exp(-ray.square().sum(-1) / (2 * 30**2)) * (x > 1)
+        return score, x > 2, near * patient.uniform(2, 8) * min(1.0, ml / 50)
 
     def grown(self, score: Tensor, room: Tensor, ml: float) -> np.ndarray:
         """Where `score` is highest in `room`: the largest connected part of the `ml` mL that lead."""
@@ -180,6 +186,11 @@ class StrokeScan(Scan):
             sulci = torch.exp(-(brain.field(10) / 0.2).square()) * torch.sigmoid((brain.to_brain + 15) / 2)
             left *= 1 - patient.uniform(0.4, 1) * near.clamp_(max=1) * sulci
         return left
+
+
+def _radius(ml: float) -> float:
+    """Of a sphere of that volume."""
+    return (3000 * ml / (4 * np.pi)) ** (1 / 3)
 
 
 def _at(place) -> Tensor:

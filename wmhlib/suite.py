@@ -23,7 +23,7 @@ from pathlib import Path
 import nbformat
 
 from . import bids, errors, pages
-from .errors import InputError, WMHError
+from .errors import InputError, WMHError, told
 from .files import read_table, write_atomic
 from .settings import Recipe
 from .workspace import MINISAM, REPOSITORY, RunFolder, run_folders
@@ -31,6 +31,12 @@ from .workspace import MINISAM, REPOSITORY, RunFolder, run_folders
 NOTEBOOKS = ("01_download", "02_split", "03_train", "04_search", "05_report")
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "PYTHONWARNINGS": "ignore",
           "WMHLIB_BATCH": "1"}  # no live curves in a notebook that nobody watches
+
+
+_TAKES = {  # what each action does with the options
+    "run": "preset seed run data source medsam overrides", "report": "run", "evaluate": "run data out", "predict": "run flair t1 out",
+    "compare": "preset run out overrides share", "distill": "preset run medsam out overrides", "stroke": "preset run out overrides networks folds",
+    "benchmark": "run out", "notebooks": ""}
 
 
 class NotebookError(WMHError):
@@ -65,6 +71,8 @@ def predict(runs: list[RunFolder], flair: str, out: str = "", t1: str = "") -> P
     `album.segment_images`, and its table ("": images beside the derivatives)."""
     run = runs[0]
     if run.recipe().inputs.images:
+        if t1:
+            raise InputError(f"these weights are for images, which have no T1: leave {t1} out")
         return _predict_images(runs, flair, out or run.results() / "images")
     folder = Path(out).expanduser() if out else run.results() / "derivatives"
     with tempfile.TemporaryDirectory() as scratch:
@@ -177,7 +185,7 @@ def notebook_text(source: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 1 where a WMHError stopped it."""
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "report", "evaluate", "predict", "compare", "distill", "stroke", "benchmark", "notebooks"))
+    parser.add_argument("action", nargs="?", default="run", choices=tuple(_TAKES))
     parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "
                         "for compare, distill and stroke with a preset that has synthetic cases a folder made for them)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
@@ -193,6 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--networks", default="", help='for stroke: some of its networks, e.g. "attention mamba"')
     parser.add_argument("--folds", type=int, default=0, help="for stroke: folds to cross-validate the best network in")
     given = parser.parse_args(arguments)
+    strange = [f"--{name}" for name, value in vars(given).items() if value != parser.get_default(name) and name not in ("action", *_TAKES[given.action].split())]
+    if strange:
+        parser.error(f"{given.action} takes no {', '.join(strange)}")
     run = MINISAM if given.action in ("predict", "evaluate") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
     try:
@@ -221,8 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
                       overrides=given.overrides)
             _conclude(run, time.monotonic() - start)
     except WMHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     return 0
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, RecipeError
-from .medsam import build_encoder, load_checkpoint, weights_sha256
+from .medsam import build_encoder, load_checkpoint
 from .network import base_channel_adapter
 from .presets import MINI
 from .promptable import Promptable, promptable_of, three_channels
 from .sections import SHIPPED, Encoder, Inputs, Training, require
+from .weights import weights_sha256
 
 ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
     "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True, pixels="sam"),
@@ -115,12 +116,12 @@ class Teacher(nn.Module):
         if settings.teacher.bits == 4:
             from .quantised import quantise  # needs bitsandbytes, which others do without
             quantise(encoder)
-        self.encoder, self.pixels = encoder, settings.teacher.pixels
+        self.encoder, self.pixels, self.context = encoder, settings.teacher.pixels, settings.inputs.context
         self.eval().requires_grad_(False)
 
     def three(self, x: Tensor) -> Tensor:
         """B x C x S x S slices -> the B x 3 x S x S image that teacher and student see."""
-        return self.channel_adapter(x) if self.channel_adapter else three_channels(x, self.pixels)
+        return self.channel_adapter(x) if self.channel_adapter else three_channels(x[:, self.context :], self.pixels)  # the slice itself
 
 
 def _digest(start: str, state: Mapping[str, Tensor]) -> str:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .medsam import check_state
 from .spectral import check_bases
+from .weights import check_state, read_tensors, tensors_bytes
 
 
 class TrainedNet(nn.Module):
@@ -53,24 +49,3 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(origin, dict) or not all(isinstance(origin.get(key), str) for key in ("recipe", "base_sha256")):
         raise CheckpointError(f"weights {path} name no recipe and base: expected a file that training wrote")
     return state, origin
-
-
-def tensors_bytes(tensors: dict[str, Tensor], about: dict) -> bytes:
-    """A safetensors file of `tensors`, whose metadata keep `about` as JSON."""
-    return save(tensors, {"wmhlib": json.dumps(about)})  # one key: safetensors shuffles several
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], object]:
-    """The tensors of a safetensors file, and what `tensors_bytes` kept with them ({}: nothing). CheckpointError for a damaged file."""
-    try:
-        if not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads((file.metadata() or {}).get("wmhlib", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"weights {path} cannot be read: {error}") from None
-
-
-def half(value: Tensor) -> Tensor:
-    """`value` on the CPU, in half precision where it is a matrix or a kernel, as bases and adapters are handed out."""
-    return value.detach().cpu().to(torch.float16 if value.is_floating_point() and value.dim() > 1 else value.dtype).contiguous()

@@ -29,10 +29,11 @@ from . import hardware, storage
 from .adapters import budget
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
-from .errors import CheckpointError, InputError, WMHError, some
+from .errors import CheckpointError, InputError, WMHError, some, told
 from .files import read_table, table_bytes
 from .monitor import Monitor
-from .network import build_network, native_precision
+from .network import build_network
+from .precision import native_precision
 from .processes import Average, GradientSum, StepStatistics, from_main, main_speaks_first
 from .ranks import Ranks
 from .sections import SHIPPED, Training
@@ -92,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         fit(RunFolder(parser.parse_args(arguments).run))
     except WMHError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return told(error)
     PartialState().destroy_process_group()
     return 0
 

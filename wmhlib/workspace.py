@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import CheckpointError, InputError, MissingStepError, RecipeError, some
-from .files import read_json, read_table, read_text, sha256, table_bytes, write_atomic
+from .files import is_number, read_json, read_table, read_text, sha256, table_bytes, write_atomic
 from .sections import SHIPPED
 from .settings import Recipe
 
@@ -210,13 +209,10 @@ def version(name: str) -> str | None:
 
 
 _POINT = {  # what the values of an operating point must be
-    "threshold": lambda v: _is_number(v) and 0 < v <= 1, "min_voxels": lambda v: type(v) is int and v >= 1,
-    "min_mm3": lambda v: _is_number(v) and v >= 0, "tta": lambda v: isinstance(v, bool),
-    **dict.fromkeys(("zscore_threshold", "unsure_above", "poor_below"), lambda v: _is_number(v))}
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+    "threshold": lambda v: is_number(v) and 0 < v <= 1, "min_voxels": lambda v: type(v) is int and v >= 1,
+    "min_mm3": lambda v: is_number(v) and v >= 0, "tta": lambda v: isinstance(v, bool),
+    "n": lambda v: type(v) is int and v >= 1, "se": lambda v: v is None or is_number(v),
+    **dict.fromkeys(("dsc", "zscore_threshold", "unsure_above", "poor_below"), is_number)}
 
 
 def _cases(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:

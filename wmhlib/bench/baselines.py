@@ -13,14 +13,13 @@ from functools import partial
 import numpy as np
 import peft
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
 from ..batches import with_context
 from ..canvas import from_canvas
 from ..engine import VIEWS, turn, unturn
-from ..medsam import CHANNELS, PATCH, build_encoder
+from ..medsam import CHANNELS, PATCH, build_encoder, positions
 from ..network import WMHNet
 from ..promptable import sam_modeling
 from ..sections import Augment, Encoder, Operating
@@ -41,12 +40,8 @@ def sam_encoder(settings: Encoder, state: dict[str, Tensor], px: int) -> nn.Modu
 
 
 def _resized(state: dict[str, Tensor], px: int) -> dict[str, Tensor]:
-    def positions(value: Tensor) -> Tensor:
-        if value.shape[1] == px // PATCH:
-            return value
-        return F.interpolate(value.permute(0, 3, 1, 2), px // PATCH, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-
-    return {name: positions(value) if name.endswith("pos_embed") else value for name, value in state.items()}
+    side = px // PATCH
+    return {name: positions(value, side, side) if name.endswith("pos_embed") else value for name, value in state.items()}
 
 
 def eager_network(network: WMHNet, px: int) -> WMHNet:

@@ -130,13 +130,12 @@ CAPTIONS = {
 }
 
 
-def caption(name: str, machine: dict) -> str:
-    """What figure or table `name` shows and what good looks like; `machine` as `roofline.machine` gives it."""
-    threads = machine["threads"]
-    return CAPTIONS[name].format(machine=f"{machine['name']} ({threads} {'thread' if threads == 1 else 'threads'})")
+def caption(name: str, machine: str) -> str:
+    """What figure or table `name` shows and what good looks like; `machine` as `roofline.named` gives it."""
+    return CAPTIONS[name].format(machine=machine)
 
 
-def show(figure: Figure, folder: str | Path, name: str, machine: dict) -> None:
+def show(figure: Figure, folder: str | Path, name: str, machine: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
     save_figure(figure, Path(folder) / f"{name}.png")
     captioned(figure, caption(name, machine))
@@ -151,9 +150,9 @@ def tell_gpu(found: tuple[pd.DataFrame, dict] | None) -> None:
                          "The same notebook measures them where there is one."))
     else:
         rates, gpu = found
-        tell(rates.round({"step_s": 3, "samples_per_s": 1, "mfu": 3, "peak_mb": 0, "recipe_hours": 2}).set_index("batch"), "gpu", gpu)
+        tell(rates.round({"step_s": 3, "samples_per_s": 1, "mfu": 3, "peak_mb": 0, "recipe_hours": 2}).set_index("batch"), "gpu", gpu["name"])
 
 
-def tell(table: pd.DataFrame, name: str, machine: dict) -> None:
+def tell(table: pd.DataFrame, name: str, machine: str) -> None:
     """Displays `table` with its caption."""
     captioned(table, caption(name, machine))

@@ -21,13 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import hardware
 from ..medsam import build_encoder
-from ..network import native_precision
+from ..precision import native_precision
 from ..quantised import quantise, weight_bytes
 from ..sections import Encoder
 from ..settings import Recipe
 from ..teacher import ENCODERS
-from . import roofline
-from .roofline import encoder_flops, network_flops
+from .roofline import convolution_flops
 from .table import alternate, each_alone, measured_apart
 
 TARGETS = {  # of each claim: column, limit, whether more is better; how a table's head says it
@@ -178,13 +177,6 @@ def _why(row, held: pd.Series) -> str:
     return "; ".join(reason for reason, claim in zip(reasons, TARGETS) if held[claim] == "no")
 
 
-def machine() -> str:
-    """What was measured on, in words."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = roofline.machine(256, 1, device)
-    return f"{found['name']}" + ("" if device == "cuda" else f" ({found['threads']} thread{'s' * (found['threads'] > 1)})")
-
-
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table ready to read."""
     def text(column: str, form: str, scale: float = 1.0) -> pd.Series:
@@ -216,8 +208,7 @@ def _parameters(encoder: Encoder) -> int:
 def _decoder_gflop(px: int) -> float:
     """Of channel adapter, decoder and image skip of a WMHNet on one FLAIR slice."""
     recipe = Recipe()
-    inputs, tiny = dataclasses.replace(recipe.inputs, img_size=px), Encoder(16, 1, 1, (), random=True)
-    return 1e-9 * (network_flops(dataclasses.replace(recipe, inputs=inputs, encoder=tiny)) - sum(encoder_flops(tiny, px).values()))
+    return 1e-9 * convolution_flops(dataclasses.replace(recipe, inputs=dataclasses.replace(recipe.inputs, img_size=px)))
 
 
 def _measure(given: dict) -> dict[str, float]:

@@ -15,8 +15,8 @@ import torch
 from .. import hardware
 from ..canvas import from_canvas
 from ..engine import WMHInferenceEngine
-from ..network import autocast, native_precision
 from ..nifti import save_like
+from ..precision import autocast, native_precision
 from ..sections import Operating
 from ..settings import Recipe
 from ..threads import one_thread

@@ -23,9 +23,10 @@ from ..engine import WMHInferenceEngine
 from ..errors import WMHError
 from ..medsam import CHANNELS, PATCH
 from ..metrics import challenge_scores, filter_components, lesion_table
-from ..network import PRECISIONS, WMHNet, autocast, dtype_of, load_network, native_precision
+from ..network import WMHNet, load_network
 from ..nifti import Volume, save_like
 from ..phantom import make_case, write_cohort
+from ..precision import PRECISIONS, autocast, dtype_of, native_precision
 from ..presets import preset
 from ..search import PER_CASE, search
 from ..sections import Operating
@@ -38,7 +39,7 @@ from .roofline import encoder_flops, fastest, part_seconds, points
 from .table import alternate, row
 
 CPU = torch.device("cpu")
-POINTS = Operating(sizes=(1, 2, 3, 5, 8, 12, 16, 20), sizes_mm3=(9.0,))  # 17 thresholds x 9 sizes x 2
+GRID = Operating(sizes=(1, 2, 3, 5, 8, 12, 16, 20), sizes_mm3=(9.0,))  # 17 thresholds x 9 sizes x 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Plan:
     slab: int = 2
     scale: float = 1.0
     depth: int | None = None  # slices of the synthetic cases; None: all
-    grid: Operating = POINTS
+    grid: Operating = GRID
     cases: tuple[int, ...] = (1, 3, 9)
     slices: tuple[int, ...] = (6, 12, 24, 48)
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
@@ -207,7 +208,7 @@ def predicted(case: Case, number: int) -> dict:
             "prob_tta": prob_tta, "flair_z": case.images[0], "inner": case.inner}
 
 
-def search_rows(case: Case, grid: Operating = POINTS, repetitions: int = 3) -> list[dict]:
+def search_rows(case: Case, grid: Operating = GRID, repetitions: int = 3) -> list[dict]:
     """The search over all of `grid` on one case against labelling each mask anew; the error is that of the two tables."""
     item = predicted(case, 0)
     naive, found = alternate({"naive": lambda: baselines.naive_search([item], grid)}, 1)
@@ -220,7 +221,7 @@ def search_rows(case: Case, grid: Operating = POINTS, repetitions: int = 3) -> l
                 note=f"against scipy's labelling at each point and a pass for each component (up to {components}); error: of the table")]
 
 
-def search_growth(case: Case, numbers: tuple[int, ...], grid: Operating = POINTS) -> Iterator[dict]:
+def search_growth(case: Case, numbers: tuple[int, ...], grid: Operating = GRID) -> Iterator[dict]:
     """Seconds of a search over `numbers` of cases, which come one at a time (making them is not counted), and the most memory
     that Python's arrays held meanwhile, the scan itself apart."""
     for n in numbers:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..medsam import CHANNELS, PATCH
-from ..network import WMHNet
+from ..network import Decoder, Skip, WMHNet, channel_adapter
 from ..sections import LOW_RANK, Encoder
 from ..settings import Recipe
 from .table import alternate
@@ -60,7 +60,7 @@ def encoder_bytes(settings: Encoder, px: int, size: int) -> dict[str, float]:
 def network_flops(recipe: Recipe, training: bool = False) -> float:
     """Useful operations of one slice through the network with merged adapters; with `training` of a forward and backward pass:
     frozen layers twice (their inputs' gradient alone), attention, adapters, decoder and skip three times."""
-    encoder, convolutions = encoder_flops(recipe.encoder, recipe.inputs.img_size), _convolution_flops(recipe)
+    encoder, convolutions = encoder_flops(recipe.encoder, recipe.inputs.img_size), convolution_flops(recipe)
     if not training:
         return sum(encoder.values()) + convolutions
     d, a = recipe.encoder.dim, recipe.adapter
@@ -69,8 +69,8 @@ def network_flops(recipe: Recipe, training: bool = False) -> float:
     return 2 * (encoder["linear"] + encoder["rest"]) + 3 * (encoder["attention"] + adapters + convolutions)
 
 
-def _convolution_flops(recipe: Recipe) -> float:
-    """Of channel adapter, decoder and skip, as torch counts them."""
+def convolution_flops(recipe: Recipe) -> float:
+    """Of channel adapter, decoder and skip on one slice, as torch counts them."""
     px = recipe.inputs.img_size
     with torch.device("meta"):
         parts = _Convolutions(recipe)
@@ -85,8 +85,8 @@ class _Convolutions(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        network = WMHNet(recipe)
-        self.channel_adapter, self.decoder, self.skip = network.channel_adapter, network.decoder, network.skip
+        channels = recipe.inputs.channels
+        self.channel_adapter, self.decoder, self.skip = channel_adapter(channels), Decoder(), Skip(channels) if recipe.skip else None
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         self.channel_adapter(x)
@@ -110,8 +110,7 @@ def machine(size: int = 2048, repetitions: int = 15, device: str | torch.device 
     source = torch.randn(16 * size**2, device=device)
     target = torch.empty_like(source)
     rates["bandwidth"] = 2e-9 * source.nbytes / fastest(lambda: target.copy_(source), repetitions)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"name": name, "cores": len(_cores()), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return {"name": named(device), "cores": _cores(), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "instructions": _instructions(), **rates}
 
 
@@ -148,7 +147,7 @@ def points(recipe: Recipe, measured: dict[tuple[str, str], dict[str, float]]) ->
         mlp = size * e.depth * (8 * e.dim**2 + 10 * tokens * e.dim)
         works = {"encoder": (sum(flops.values()), sum(moved.values())), "MLP": (flops["linear"] * 2 / 3, mlp),
                  "attention": (flops["linear"] / 3 + flops["attention"], moved["linear"] + moved["attention"] - mlp),
-                 "decoder": (_convolution_flops(recipe), size * _activations(recipe))}
+                 "decoder": (convolution_flops(recipe), size * _activations(recipe))}
         rows += [dict(part=part, who=who, precision=precision, intensity=works[part][0] / works[part][1], gflops=1e-9 * works[part][0] / spent)
                  for part, spent in parts.items()]
     return pd.DataFrame(rows)
@@ -170,6 +169,13 @@ def _activations(recipe: Recipe) -> float:
     return float(sum(counts))
 
 
+def named(device: str | torch.device = "") -> str:
+    """What is measured on, in words: a GPU, or the processor and how many threads work; "": the GPU where there is one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} ({threads} thread{'s' * (threads > 1)})"
+
+
 def _processor() -> str:
     """The processor as Linux names it; elsewhere what Python knows."""
     file = Path("/proc/cpuinfo")
@@ -177,8 +183,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _cores() -> list[int]:
-    return psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else list(range(psutil.cpu_count()))
+def _cores() -> int:
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
 
 
 def _instructions() -> str:

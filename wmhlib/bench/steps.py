@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import hardware
-from ..batches import augment, drop_modalities, stack_slices
 from ..losses import total_loss
-from ..network import WMHNet, autocast, native_precision
+from ..network import WMHNet
+from ..precision import autocast, native_precision
 from ..presets import preset
 from ..ranks import Ranks
 from ..settings import Recipe
 from ..slicestore import CaseSlices
+from ..tasks import Slices
 from . import baselines
 from .measures import CPU
 from .roofline import machine, network_flops
@@ -56,12 +57,9 @@ class Step:
 
     def load(self) -> tuple[Tensor, Tensor]:
         """The loader alone."""
-        inputs = self.recipe.inputs
         if self.who == "eager":
-            return baselines.per_sample_batch(self.cases, self.places, self.recipe.augment, inputs.context, self.rng)
-        images, labels = (t.to(self.device) for t in stack_slices(self.cases, self.places, inputs.context))
-        images, labels = augment(images, labels, self.recipe.augment, self.generator)
-        return drop_modalities(images, inputs, self.generator), labels
+            return baselines.per_sample_batch(self.cases, self.places, self.recipe.augment, self.recipe.inputs.context, self.rng)
+        return Slices(self.recipe).batch(self.cases, self.places, self.device, self.generator)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         with autocast(self.device, self.precision):

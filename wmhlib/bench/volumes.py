@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..figures import BLUE, LEGEND, VERMILLION, page
 from ..hardware import Held
-from ..network import autocast, dtype_of, native_precision
+from ..precision import autocast, dtype_of, native_precision
 from ..sections import NETWORKS, Volume
 from ..volumetric.memory import Attention
 from ..volumetric.networks import build

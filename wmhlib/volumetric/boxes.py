@@ -75,7 +75,7 @@ def mask_box(mask: np.ndarray, box: Box) -> Tensor:
         near = [matrix[:, along] for matrix, along in zip(matrices, place)]
         rows = [torch.nonzero(matrix.any(1)).flatten().tolist() for matrix in near]
         if all(rows):
-            seen = tuple(slice(first, last + 1) for first, *_, last in (row * 2 for row in rows))
+            seen = tuple(slice(row[0], row[-1] + 1) for row in rows)
             share = resample(torch.from_numpy(parts[place] == number).float(), [matrix[some] for matrix, some in zip(near, seen)])
             if not (result[seen] & (share > 0)).any():
                 result[seen][np.unravel_index(int(share.argmax()), share.shape)] = True

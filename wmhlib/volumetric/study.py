@@ -176,7 +176,7 @@ def volume_table(metrics: pd.DataFrame) -> pd.DataFrame:
     for system, own in metrics.groupby("system", sort=False):
         found = agreement.agreement_table(own).loc["mL"]
         parts = {"bias": ("bias", 2, "+"), "lower limit": ("loa_low", 1, "+"), "upper limit": ("loa_high", 1, "+"), "ICC(2,1)": ("icc21", 2, "")}
-        shown = {head: interval(found[name], found[f"{name}_low"], found[f"{name}_high"], decimals, sign) for head, (name, decimals, sign) in parts.items()}
+        shown = {head: interval(*found[[name, f"{name}_low", f"{name}_high"]], decimals, sign) for head, (name, decimals, sign) in parts.items()}
         rows[system] = {"n": int(found.n)} | shown | {"R2 about identity": interval(found.r2_identity, np.nan, np.nan, 2)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
 
