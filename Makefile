@@ -24,7 +24,7 @@ MORE := training.start=runs/weights/flair cohort.synthetic_cases=800 split.val=0
 ONCE_MORE := training.start=runs/weights/flair2 cohort.synthetic_cases=600 split.val=0.08 split.test=0.04 \
   training.lr=5e-4 training.epochs=4 training.warmup_epochs=0 training.restart_epochs=4
 
-.PHONY: help demo test pipeline report evaluate predict score compare distill stroke benchmark heads weights notebooks assets lint
+.PHONY: help demo test pipeline report evaluate pool predict score compare distill stroke benchmark heads weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
 	$(call unused,FLAIR PRESET OVERRIDES)
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
+
+pool: .venv/installed  ## the test cases of several runs as one table, such as all folds of a cross-validation: RUN="runs/fold0 runs/fold1" OUT=folder
+	$(SUITE) pool --run "$$RUN" --out "$$OUT"
 
 predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder (of images one path), OUT=folder T1=path RUN=(the weights in assets; "a b" for the mean of two runs)
 	$(call unused,DATA PRESET OVERRIDES)

@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from wmhlib import evaluation
+from wmhlib import evaluation, suite
 from wmhlib.agreement import agreement_table, by_group, calibration_error, compare_systems, size_table, tertiles
 from wmhlib.engine import Prediction, WMHInferenceEngine
-from wmhlib.errors import InputError
-from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, system_masks
-from wmhlib.files import read_table
+from wmhlib.errors import InputError, MissingStepError
+from wmhlib.evaluation import SYSTEMS, TABLES, ZERO_SHOT, evaluate, periventricular, pooled, system_masks
+from wmhlib.files import read_table, write_table
 from wmhlib.metrics import filter_components
 from wmhlib.nifti import load_mask, load_volume
+from wmhlib.presets import preset
 from wmhlib.sections import Operating
 from wmhlib.uncertainty import flag_table
 from wmhlib.workspace import RunFolder
@@ -219,3 +220,24 @@ def test_a_mask_file_is_scored_against_its_reference_on_the_grid_of_its_scan(tin
     assert evaluation.score_files(*paths, tiny_nifti("half.nii.gz", data=half.astype(np.uint8)))["dsc"] == pytest.approx(2 / 3)
     with pytest.raises(InputError, match="other.nii.gz has shape"):
         evaluation.score_files(*paths, tiny_nifti("other.nii.gz", shape=(5, 5, 5)))
+
+
+def test_folds_are_pooled_into_one_table_and_each_case_is_tested_once(scored, tmp_path, capsys):
+    metrics = scored[0]
+    runs = [RunFolder(tmp_path / f"fold{fold}").open(preset("smoke", f"split.protocol=k-fold split.folds=3 split.fold={fold}")) for fold in (0, 1)]
+    for fold, run in enumerate(runs):
+        write_table(metrics.assign(case=metrics.case + f"_{fold}"), run.metrics_csv)
+        write_table(pd.DataFrame({"case": ["a"], "site": ["s"], "flair": ["f"], "origin": ["synthetic"]}), run.cohort_csv)
+    table = pooled(runs)
+    assert len(table) == 2 * len(metrics) and set(table.run) == {str(run.path) for run in runs}
+    assert capsys.readouterr().out == "of 3 folds there are no runs of 2\n"
+    path = suite.pool(runs)
+    assert path == tmp_path / "pooled" / "metrics.csv" and read_table(path).case.tolist() == table.case.tolist()
+    assert "operating point" in (out := capsys.readouterr().out) and "ICC(2,1)" in out
+    with pytest.raises(InputError, match="was tested in several"):
+        pooled([runs[0], runs[0]])
+    other = RunFolder(tmp_path / "other").open(preset("smoke", "training.epochs=9"))
+    with pytest.raises(InputError, match="another recipe"):
+        pooled([runs[0], other])
+    with pytest.raises(MissingStepError, match="05_report"):
+        pooled([runs[0], RunFolder(tmp_path / "late").open(preset("smoke", "split.protocol=k-fold split.folds=3 split.fold=2"))])

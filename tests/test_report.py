@@ -12,7 +12,7 @@ def test_results_table_states_intervals_and_what_was_left_out(scored):
     assert table.loc["operating point", ["Dice", "lesion recall"]].tolist() == ["1.00", "1.00 [1.00, 1.00]"] and table.loc["operating point", "n"] == 5
     assert table.loc["operating point", "left out"] == "Dice 1, HD95 (mm) 1, AVD (%) 1"
     assert report.results_table(scored[0].iloc[:4]).loc["operating point", "Dice"] == "1.00"
-    lines = report.results_text(scored[0]).splitlines()
+    lines = report.as_text(table).splitlines()
     assert len(lines) == 6 and all(line.startswith(s) for line, s in zip(lines[2:], report.SYSTEMS))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import pandas as pd
 from scipy import ndimage
 
 from .agreement import BINS
-from .errors import InputError, WMHError, told
-from .files import write_table
+from .errors import InputError, WMHError, some, told
+from .files import read_table, write_table
 from .images import is_image
 from .metrics import (
     bounding_box,
@@ -112,8 +112,8 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
             calibration=_calibration(case, chosen(case["prob"], case["prob_tta"], point)),
             uncertainty=[dict(dsc=first["dsc"], entropy=mean_entropy(case["prob_tta"]), uncertainty=unsure,
                               unsure=unsure > point["unsure_above"])])
-        for name, some in found.items():
-            rows[name] += [who | row for row in some]
+        for name, more in found.items():
+            rows[name] += [who | row for row in more]
         gallery.append(gallery_row(case, masks[SYSTEMS[0]], first["dsc"]) | {name: first[name] for name in ("reference_ml", "result_ml")})
     if not gallery:
         raise InputError("no case to evaluate: expected at least one with a reference mask")
@@ -163,7 +163,7 @@ def _zones(lesion: np.ndarray, mask: np.ndarray, near: np.ndarray | None, spacin
     reference, result = near[voxels(lesion)], near[at]  # of each voxel, whether it is
     both = result[lesion[at]]
     for zone, inside in (("periventricular", True), ("deep", False)):
-        sizes = [np.count_nonzero(some == inside) for some in (reference, result, both)]
+        sizes = [np.count_nonzero(part == inside) for part in (reference, result, both)]
         rows.append(dict(zone=zone, dsc=float(dice_of(sizes[2], sizes[0] + sizes[1])),
                          reference_ml=volume_ml(reference == inside, spacing), result_ml=volume_ml(result == inside, spacing)))
     return rows
@@ -219,6 +219,24 @@ def gallery_row(case: dict, result: np.ndarray, dsc: float) -> dict:
     flair, reference, result, prob = (volume[..., z][box].copy() for volume in (flair, reference, result, prob))
     return dict(case=case["case"], site=case["site"], dsc=float(dsc), flair=flair, reference=reference, result=result, entropy=entropy(prob),
                 spacing=tuple(spacing[:2]), z_mm=None if case.get("image") else height_mm(case["affine"], case["flair"].shape, z))
+
+
+def pooled(runs: Sequence[RunFolder]) -> pd.DataFrame:
+    """The metrics of several runs of one recipe, such as the folds of a cross-validation, as one table that has each test case once; `run` is its run
+    folder. Folds that are not among them are named. MissingStepError where a run has no metrics, InputError where recipes differ in more than
+    the split, or a case was tested twice."""
+    recipes = [run.recipe() for run in runs]
+    strange = [run.path for run, recipe in zip(runs, recipes) if replace(recipe, split=recipes[0].split) != recipes[0]]
+    if strange:
+        raise InputError(f"{some(strange)} has another recipe than {runs[0].path}: expected runs that differ in their split alone")
+    table = pd.concat([read_table(run.need(run.metrics_csv, "05_report")).assign(run=str(run.path)) for run in runs], ignore_index=True)
+    twice = table.loc[table.duplicated(["case", "system"]), "case"]
+    if len(twice):
+        raise InputError(f"{some(twice)} was tested in several of the runs: expected folds, which test each case once")
+    missing = set(range(recipes[0].split.folds)) - {recipe.split.fold for recipe in recipes}
+    if recipes[0].split.protocol == "k-fold" and missing:
+        print(f"of {recipes[0].split.folds} folds there are no runs of {', '.join(map(str, sorted(missing)))}", flush=True)
+    return table
 
 
 def best_median_worst(gallery: list[dict]) -> list[dict]:

@@ -36,9 +36,9 @@ def group_table(own: pd.DataFrame, column: str, seed: int = 42) -> pd.DataFrame:
     return _scores(own.assign(burden=agreement.tertiles(own.reference_ml)), column, seed)
 
 
-def results_text(metrics: pd.DataFrame, seed: int = 42, data: str = "") -> str:
-    """`results_table` for a terminal, in the words of `data`."""
-    table, word = results_table(metrics, seed).reset_index(), words(data)
+def as_text(table: pd.DataFrame, data: str = "") -> str:
+    """A table of this module for a terminal, in the words of `data`."""
+    table, word = table.reset_index(names=table.index.name or ""), words(data)
     columns = [[word(str(cell)) for cell in (name, *table[name])] for name in table]
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns)]

@@ -8,6 +8,7 @@
     python -m wmhlib.suite distill --preset demo --out runs/distill_demo
     python -m wmhlib.suite stroke --preset stroke-demo --out runs/stroke_networks
     python -m wmhlib.suite benchmark --run runs/demo --out runs/benchmark
+    python -m wmhlib.suite pool --run "runs/fold0 runs/fold1"
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import nbformat
 
 from . import bids, errors, pages
 from .errors import InputError, WMHError, told
-from .files import read_table, write_atomic
+from .files import read_table, write_atomic, write_table
 from .settings import Recipe
 from .workspace import MINISAM, REPOSITORY, RunFolder, run_folders
 
@@ -36,7 +37,7 @@ _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "
 _TAKES = {  # what each action does with the options
     "run": "preset seed run data source medsam overrides", "report": "run", "evaluate": "run data out", "predict": "run flair t1 out",
     "compare": "preset run out overrides share", "distill": "preset run medsam out overrides", "stroke": "preset run out overrides networks folds",
-    "benchmark": "run out", "notebooks": ""}
+    "benchmark": "run out", "pool": "run out", "notebooks": ""}
 
 
 class NotebookError(WMHError):
@@ -96,6 +97,21 @@ def _predict_images(runs: list[RunFolder], place: str, out: str | Path) -> Path:
     if len(failed):
         raise InputError(f"{len(failed)} of {len(table)} images failed, the others are done; the first: {failed.reason.iloc[0]}")
     return Path(out).expanduser() / TABLE
+
+
+def pool(runs: list[RunFolder], out: str = "") -> Path:
+    """The test cases of several runs, such as all folds of a cross-validation, as one table, metrics.csv in `out` ("": pooled beside the first), which is
+    returned; results and agreement of volumes are printed."""
+    from .cohort import describe
+    from .evaluation import SYSTEMS, pooled
+    from .report import as_text, results_table, volume_table
+
+    table, recipe = pooled(runs), runs[0].recipe()
+    data = describe(read_table(runs[0].cohort_csv), recipe.inputs)
+    write_table(table, path := Path(out or runs[0].path.parent / "pooled").expanduser() / "metrics.csv")
+    for shown in (results_table(table, recipe.seed), volume_table(table[table.system == SYSTEMS[0]])):
+        print(f"\n{as_text(shown, data)}\n")
+    return path
 
 
 def benchmark(run: RunFolder, out: str = "") -> Path:
@@ -186,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 1 where a WMHError stopped it."""
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", default="run", choices=tuple(_TAKES))
-    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for pool several; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "
                         "for compare, distill and stroke with a preset that has synthetic cases a folder made for them)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
@@ -219,6 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"report {compare(given.preset, given.run, given.out, given.overrides, given.share)}")
         elif given.action == "stroke":
             print(f"report {stroke(given.preset, given.run, given.out, given.overrides, given.networks, given.folds)}")
+        elif given.action == "pool":
+            if not given.run:
+                parser.error("pool needs --run, the run folders to join")
+            print(f"metrics {pool(run_folders(given.run), given.out)}")
         elif given.action == "benchmark":
             print(f"report {benchmark(run, given.out)}")
         elif given.action in ("report", "evaluate"):
@@ -245,10 +265,10 @@ def _conclude(run: RunFolder, seconds: float) -> None:
 
 def _results(folder: RunFolder, recipe: Recipe) -> None:
     from .cohort import describe  # imports torch, which the notebooks' own processes need and this one does not
-    from .report import results_text
+    from .report import as_text, results_table
 
     data = describe(read_table(folder.cohort_csv), recipe.inputs)
-    print(f"\n{results_text(read_table(folder.metrics_csv), recipe.seed, data)}\n")
+    print(f"\n{as_text(results_table(read_table(folder.metrics_csv), recipe.seed), data)}\n")
 
 
 if __name__ == "__main__":
