@@ -59,7 +59,7 @@ split = read_table(run.need(run.split_csv, "02_split"))
 
 # %% [markdown]
 # One line an epoch. A star marks the best validation Dice so far, whose weights are kept. Where this machine has several GPUs,
-# each gets a process of its own and its share of every step; the result is that of one.
+# each gets a process of its own and its share of every step, up to one for each micro-batch (`training.accumulation`); the result is that of one.
 
 # %%
 history = training.launch(run)

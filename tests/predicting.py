@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from wmhlib import derivatives
+from wmhlib.engine import Prediction
 from wmhlib.presets import preset
 
 LESION = (slice(10, 13), slice(12, 15), slice(5, 7))
@@ -25,7 +26,7 @@ class Engine:
     def predict(self, case):
         self.seen.append(case.volume.path.name)
         prob = np.where(case.volume.data > 150, 0.9, 0.1).astype(np.float32)
-        return SimpleNamespace(case=case, prob=prob / 2, prob_tta=prob, skipped=2)
+        return Prediction(case, prob / 2, prob, 2)
 
     def segment(self, prediction):
         return prediction.prob_tta >= self.point["threshold"]

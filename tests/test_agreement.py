@@ -171,6 +171,12 @@ def test_paired_test_says_what_it_leaves_out():
     assert alone.empty and list(alone) == list(found)
 
 
+def test_a_false_alarm_on_a_clean_scan_counts_against_a_system_in_pairs():
+    metrics = metrics_of({"operating point": [0.6, np.nan, np.nan], "alarms": [0.6, 0.0, np.nan]}).assign(reference_ml=[1.0, 0, 0] * 2, result_ml=[1.0, 0, 0, 1.0, 0.3, 0])
+    found = compare_systems(metrics).loc["alarms"]
+    assert (found.n, found.left_out, found.difference, found.zeros) == (3, 0, pytest.approx(1 / 3), 2)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(np.nan)), min_size=1, max_size=8))
 def test_holm_never_lowers_a_p_and_keeps_their_order(p):

@@ -79,6 +79,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_stands_wherever_an_engine_do
     np.testing.assert_allclose(mean.prob, (found[0].prob + found[1].prob) / 2, atol=1e-7)
     np.testing.assert_allclose(mean.prob_tta, (found[0].prob_tta + found[1].prob_tta) / 2, atol=1e-7)
     assert both.point.items() >= dict(threshold=pytest.approx(0.45), min_voxels=5, min_mm3=7.0, tta=True).items()
+    assert mean.uncertainty == pytest.approx((found[0].uncertainty + found[1].uncertainty) / 2), "as its limit is the mean of theirs"
     assert both.segment(mean).shape == case.volume.data.shape
     assert both.model.fingerprint() not in {each.model.fingerprint() for each in members}
     with pytest.raises(InputError, match="one kind of input: these have flair over 256 mm in 2 views; t1"):

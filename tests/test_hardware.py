@@ -71,8 +71,8 @@ def test_micro_batches_fit_and_a_step_keeps_its_slices(pretend, formula, name, o
 
 def test_the_sentence_says_what_was_asked_what_is_and_why(pretend, formula):
     assert fit(preset("colab", "training.batch_size=16 training.accumulation=1"), pretend("T4"))[1] == (
-        "Tesla T4, 15.8 GB: micro-batches of 8 x 2 accumulated (16 slices a step as asked; 16 x 1 would need about 17.0 GB, and BatchNorm now "
-        "normalises over 8); fp16, as bf16 is not native here: about 9.0 GB at the peak (estimated)")
+        "Tesla T4, 15.8 GB: micro-batches of 8 x 2 accumulated (16 slices a step as asked; 16 x 1 would need about 17.0 GB; Dice and BatchNorm "
+        "now of 8 at a time); fp16, as bf16 is not native here: about 9.0 GB at the peak (estimated)")
     assert "as asked; bf16: about 5.0 GB" in fit(preset("colab"), pretend("A100-80"))[1]
 
 

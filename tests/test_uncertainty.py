@@ -84,6 +84,11 @@ def test_flag_table_counts_as_scikit_learn_and_ranks_as_scipy():
     assert (found.low < found.value).all() and (found.value < found.high).all()
 
 
+def test_a_flag_on_a_clean_scan_in_which_nothing_is_found_is_a_false_one():
+    found = flag_table(table([1.0, 0.1, 0.9], [np.nan, 0.9, 0.2]), 0.5)
+    assert found.loc["specificity", ["count", "n"]].tolist() == [1, 2] and found.loc["positive predictive value", ["count", "n"]].tolist() == [1, 2]
+
+
 def test_the_interval_of_rho_covers_it_about_as_often_as_it_says():
     rng = np.random.default_rng(1)
     covered = []
@@ -102,5 +107,5 @@ def test_rho_of_fewer_than_five_cases_has_no_interval():
 @pytest.mark.parametrize("uncertainty, dsc", [([0.9], [0.4]), ([0.9, 0.1], [0.4, np.nan]), ([0.2] * 4, [0.5] * 4)])
 def test_few_or_equal_cases_leave_what_they_cannot_tell_undefined(uncertainty, dsc):
     found = flag_table(table(uncertainty, dsc), 0.5)
-    assert np.isnan(found.value["Spearman rho"]) and np.isnan(found.low["Spearman rho"]) and found.n["flagged"] == np.isfinite(dsc).sum()
+    assert np.isnan(found.value["Spearman rho"]) and np.isnan(found.low["Spearman rho"]) and found.n["flagged"] == len(dsc)
     assert np.isnan(found.low[found.n == 0]).all()

@@ -146,8 +146,11 @@ def compare_systems(metrics: pd.DataFrame, baseline: str = "operating point", sc
 
     Columns: `n` pairs, `left_out` (a score is NaN), `difference` (mean of baseline minus other) with `low` and `high`
     (bootstrap over cases), `zeros` (equal pairs, which Wilcoxon's signed-rank test drops), its `w` and two-sided `p`
-    (NaN with fewer than six other pairs), and `p_holm`, p adjusted for the number of systems tested (Holm 1979).
+    (NaN with fewer than six other pairs), and `p_holm`, p adjusted for the number of systems tested (Holm 1979). Where there is no
+    lesion and nothing is found, which has no Dice, 1 stands in for it: against a false alarm, whose Dice is 0, that is a gain, not a case left out.
     """
+    if score == "dsc" and {"reference_ml", "result_ml"} <= set(metrics):
+        metrics = metrics.assign(dsc=metrics.dsc.mask((metrics.reference_ml == 0) & (metrics.result_ml == 0), 1.0))
     table = metrics.pivot(index="case", columns="system", values=score)
     rows = {}
     for system in [s for s in metrics.system.unique() if s != baseline]:

@@ -14,7 +14,6 @@ from .errors import InputError, reason
 from .files import write_table
 from .metrics import chosen, components
 from .nifti import save_like
-from .uncertainty import case_uncertainty
 from .volumes import load_case
 
 TABLE = "images.csv"
@@ -46,7 +45,7 @@ def segment_images(engine: WMHInferenceEngine, place: str | Path, out: str | Pat
 def _segment(engine: WMHInferenceEngine, path: Path, out: Path) -> dict:
     """Writes mask and probability of one image; what the table says of them."""
     prediction = engine.predict(load_case(path, inputs=engine.recipe.inputs))
-    mask, unsure = engine.segment(prediction), case_uncertainty(prediction.prob, prediction.prob_tta)
+    mask, unsure = engine.segment(prediction), prediction.uncertainty
     for kind, data in (("probability", chosen(prediction.prob, prediction.prob_tta, engine.point)), ("mask", mask)):
         save_like(data, prediction.case.volume, out / f"{path.stem}_{kind}.png")
     return {"pixels": np.count_nonzero(mask), "objects": components(mask)[2], "uncertainty": unsure,

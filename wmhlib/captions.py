@@ -29,7 +29,7 @@ CAPTIONS = {
         "case without lesions counts as recall 1. Good: high Dice, recall and F1, low HD95 and AVD.",
     "paired":
         "Dice of the operating point minus that of each other system on the same {n} {data}, mean and 95 % bootstrap interval; "
-        "two-sided Wilcoxon signed-rank test, p corrected for their number after Holm. Good: gains whose interval lies above 0. With fewer than "
+        "two-sided Wilcoxon signed-rank test, p corrected for their number after Holm; where there is no lesion and nothing is found, Dice counts as 1 here. Good: gains whose interval lies above 0. With fewer than "
         "six differing cases no test is made.",
     "sites":
         "Dice of {n} {data}, by site, a row of points a system; bars are means with 95 % intervals. Good: the "

@@ -35,7 +35,7 @@ from .naming import natural, stem
 from .nifti import Volume, load_mask, load_volume, save_like
 from .processes import main_speaks_first
 from .sections import Inputs
-from .uncertainty import case_uncertainty, entropy
+from .uncertainty import entropy
 from .volumes import load_case
 from .workspace import RunFolder, split_paths
 
@@ -198,7 +198,7 @@ def _segment(engine, scan: dict, out: Path, name: str, made_with: dict, source: 
     maps = {"mask": mask.astype(np.uint8), "probability": prob, "entropy": np.float32(entropy(prediction.prob_tta))}
     lesions = lesion_table(mask, prob, volume.affine)
     lesions.insert(2, "volume_mm3", 1000 * lesions["volume_ml"])
-    uncertainty, limit = case_uncertainty(prediction.prob, prediction.prob_tta), engine.point.get("unsure_above")
+    uncertainty, limit = prediction.uncertainty, engine.point.get("unsure_above")
     result = {"volume_ml": float(lesions["volume_ml"].sum()), "lesions": len(lesions), "uncertainty": uncertainty,
               "unsure": None if limit is None else uncertainty > limit, "skipped_slices": prediction.skipped,
               "warnings": "; ".join(cohort.geometry_notes(volume, axial=not engine.recipe.inputs.t1_alone))}

@@ -22,6 +22,7 @@ from .network import load_network
 from .precision import autocast, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
+from .uncertainty import case_uncertainty
 from .volumes import Case, brain_slices, case_canvas, load_case
 from .workspace import RunFolder
 
@@ -37,12 +38,18 @@ VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) fo
 class Prediction:
     """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view and its mean
     over all views (TTA; without it the plain view again). `skipped`: how many slices were not looked at, since they show no brain or lie outside
-    the box of a network of volumes."""
+    the box of a network of volumes. `members`: of an ensemble, how unsure each member is."""
 
     case: Case
     prob: np.ndarray
     prob_tta: np.ndarray
     skipped: int
+    members: tuple[float, ...] = ()
+
+    @property
+    def uncertainty(self) -> float:
+        """`case_uncertainty`; of an ensemble, whose limit is the mean of its members', the mean of theirs."""
+        return float(np.mean(self.members)) if self.members else case_uncertainty(self.prob, self.prob_tta)
 
 
 class WMHInferenceEngine:

@@ -47,7 +47,7 @@ class Ensemble(WMHInferenceEngine):
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
         found = [engine.predict(case, use_tta) for engine in self.engines]
         plain, mean = (np.mean([getattr(each, name) for each in found], axis=0) for name in ("prob", "prob_tta"))
-        return Prediction(case, plain, mean, min(each.skipped for each in found))
+        return Prediction(case, plain, mean, min(each.skipped for each in found), tuple(each.uncertainty for each in found))
 
 
 def open_engine(runs: Sequence[RunFolder]) -> WMHInferenceEngine:

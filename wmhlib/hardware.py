@@ -157,7 +157,7 @@ def _sentence(name: str, memory: int, asked: Training, training: Training, peaks
     if training.batch_size == asked.batch_size:
         words = [f"micro-batches of {split}, as asked"]
     else:
-        drawn, norm = asked.batch_size * asked.accumulation, f", and BatchNorm now normalises over {training.batch_size}" * task.batchnorm
+        drawn, norm = asked.batch_size * asked.accumulation, f"; Dice{' and BatchNorm' * task.batchnorm} now of {training.batch_size} at a time"
         words = [f"micro-batches of {split} ({drawn} {task.many} a step as asked; {asked.batch_size} x {asked.accumulation} would need about {_gb(peaks[0])}{norm})"]
     wanted, given = PRECISIONS[asked.precision], PRECISIONS[training.precision]
     words.append(given if wanted == given else f"{given}, as {wanted} is not native here")

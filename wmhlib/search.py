@@ -110,14 +110,14 @@ def choose(table: pd.DataFrame, validation: pd.DataFrame, prefer: str = "centre"
 
 def compare(table: pd.DataFrame, point: dict, operating: Operating, seed: int) -> pd.DataFrame:
     """The chosen `point` and the recipe's own on the same validation cases: mean Dice and its difference to the choice, each
-    with its 95 % bootstrap interval over cases (`seed`)."""
+    with its 95 % bootstrap interval over cases (`seed`). In the difference two empty masks count as Dice 1, as in `agreement.compare_systems`."""
     per_case = table[[c for c in table if c.startswith(PER_CASE)]]
     chosen, rows = per_case.loc[_row(table, point)], []
     for name, at in (("chosen", point), ("recipe", operating.point)):
         dice = per_case.loc[_row(table, at)]
         rows.append({"point": name, **{key: at[key] for key in operating.point},
                      **dict(zip(("dsc", "low", "high", "left_out"), bootstrap_ci(dice, seed))),
-                     **dict(zip(("difference", "difference_low", "difference_high"), bootstrap_ci(dice - chosen, seed)))})
+                     **dict(zip(("difference", "difference_low", "difference_high"), bootstrap_ci(dice.fillna(1) - chosen.fillna(1), seed)))})
     return pd.DataFrame(rows)
 
 

@@ -71,9 +71,9 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
 
 
 def launch(run: RunFolder) -> pd.DataFrame:
-    """`fit` in a fresh process for each GPU of this machine, what they print going on to here, or in this process where there are fewer than two.
-    Raises WMHError where one stops."""
-    gpus = torch.cuda.device_count()
+    """`fit` in a fresh process for each GPU of this machine that a step has a micro-batch for, what they print going on to here, or in this process
+    where there are fewer than two. Raises WMHError where one stops."""
+    gpus = min(torch.cuda.device_count(), run.recipe().training.accumulation)
     if gpus < 2:
         return fit(run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "wmhlib.training", str(run.path)]

@@ -65,16 +65,17 @@ def flag_table(uncertainty: pd.DataFrame, bar: float, seed: int = 42) -> pd.Data
     Rows: "flagged" of all cases, "sensitivity" (of the poor ones flagged), "specificity" (of the others not flagged),
     "positive predictive value" (of the flagged ones poor), "negative predictive value" (of the others not poor), each with
     `count`, `n`, `value` and its Wilson interval `low`, `high`; and "Spearman rho" of uncertainty and Dice (NaN below three cases) with a
-    bootstrap interval over cases (none below five). Cases without a Dice are left out.
+    bootstrap interval over cases (none below five). A case without a Dice, where there is no lesion and nothing is found, is not poor, and
+    has no part in the correlation.
     """
-    cases = uncertainty[np.isfinite(uncertainty.dsc.to_numpy(float))]
-    flagged, poor = cases.unsure.to_numpy(bool), cases.dsc.to_numpy(float) < bar
+    flagged, poor = uncertainty.unsure.to_numpy(bool), uncertainty.dsc.to_numpy(float) < bar
     parts = {"flagged": (flagged, np.ones_like(poor)), "sensitivity": (flagged, poor), "specificity": (~flagged, ~poor),
              "positive predictive value": (poor, flagged), "negative predictive value": (~poor, ~flagged)}
     rows = {}
     for name, (what, among) in parts.items():
         count, n = int((what & among).sum()), int(among.sum())
         rows[name] = (count, n, count / n if n else np.nan, *wilson(count, n))
+    cases = uncertainty[np.isfinite(uncertainty.dsc.to_numpy(float))]
     rho = _spearman(*cases[["uncertainty", "dsc"]].to_numpy(float).T, seed)
     rows["Spearman rho"] = (len(cases), len(cases), *rho)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["count", "n", "value", "low", "high"]).rename_axis("measure")

@@ -118,7 +118,7 @@ def step_memories(recipes: Sequence[Recipe], who: str) -> list[dict[str, float]]
 def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torch.device, repetitions: int = 5) -> pd.DataFrame:
     """Our step on `device` at several batch sizes: `samples_per_s`, `mfu` (share of the matrix `rate` in GFLOP/s that the useful
     operations of forward and backward pass reach), `peak_mb` of memory, and `recipe_hours`: all epochs of the recipe on the challenge's
-    training cases, extrapolated from these steps (about 1,400 slices an epoch; validation not counted)."""
+    training cases, extrapolated from these steps (about 1,400 slices an epoch; validation not counted), NaN for larger micro-batches than the recipe takes."""
     rows, flops = [], 1e-9 * network_flops(recipe, training=True)
     for size in batches:
         step = Step(replace(recipe, training=replace(recipe.training, batch_size=size)), "ours", device)
@@ -127,7 +127,7 @@ def step_rates(recipe: Recipe, batches: Sequence[int], rate: float, device: torc
         times, _ = alternate({"ours": step.run}, repetitions)
         spent = float(np.median(times["ours"]))
         rows.append(dict(batch=size, step_s=spent, samples_per_s=size / spent, mfu=flops * size / spent / rate,
-                         peak_mb=1e-6 * hardware.measured_peak(device), recipe_hours=recipe.training.epochs * _SLICES * spent / size / 3600))
+                         peak_mb=1e-6 * hardware.measured_peak(device), recipe_hours=recipe.training.epochs * _SLICES * spent / size / 3600 if size <= recipe.training.batch_size else np.nan))
         del step
     return pd.DataFrame(rows)
 
