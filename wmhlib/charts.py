@@ -42,7 +42,7 @@ def bland_altman_figure(reference_ml, result_ml, site) -> Figure:
     words.text(0.05, 0, "\n".join(_agreement_lines(table, len(both))), va="bottom", transform=words.transAxes, linespacing=1.5)
     _by_site(in_ml, table, (table.reference + table.result) / 2, table.result - table.reference)
     in_figures = agreement.bland_altman(table.reference, table.result)
-    decimals = max(1, 1 - int(np.floor(np.log10(in_figures["sd"])))) if in_figures["sd"] > 0 else 1  # two figures of the spread
+    decimals = min(3, max(1, 1 - int(np.floor(np.log10(in_figures["sd"]))))) if in_figures["sd"] > 0 else 1  # two figures of the spread, a microlitre at least
     _limits(in_ml, in_figures, f"{{:+z.{decimals}f}} mL".format)
     in_ml.set(title="Agreement in mL", xlabel="mean of result and reference (mL)", ylabel="result - reference (mL)")
     _by_site(as_ratio, both, np.sqrt(both.reference * both.result), logs.result - logs.reference)

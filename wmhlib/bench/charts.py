@@ -86,7 +86,7 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     ax.plot(rows.ratio, rows.index, color=BLUE, marker="o", label="measured", **POINTS | dict(markersize=8))
     ax.plot(rows.target, rows.index, color=VERMILLION, marker="|", linestyle="", markersize=14, markeredgewidth=2, label="must be")
     ax.axvline(1, color="0.4", linewidth=1)
-    ax.set(xscale="log", xlabel="times faster (the matrix rate: share of it)", ylim=(-0.7, len(rows) - 0.3))
+    ax.set(xscale="log", xlabel="times faster\n(the matrix rate: share of it)", ylim=(-0.7, len(rows) - 0.3))
     ax.set_yticks(rows.index, rows.what)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(axis="y", visible=False)
