@@ -18,6 +18,7 @@ from .naming import ROLES, natural
 from .sections import Inputs, Volume
 from .volumetric.boxes import box_labels, place_box
 
+UNFIT = "register it before training with it"  # how the warning of a T1 that cannot be an input ends
 SYNTHETIC_NOTE = "synthetic.json"  # lies beside a synthetic cohort and says how it was made
 _THICK_MM, _ANISOTROPY = 8.0, 6.0  # from here on a scan's slices count as thick, its voxels as long
 _EXTENT_MM = (80.0, 140.0, 140.0)  # a head's height, width and length are longer
@@ -165,7 +166,7 @@ def _description(row: dict, case: volumes.Case, inputs: Inputs, volume: Volume) 
         notes = [] if voxels.get(1) else ["nothing is marked"]
     else:
         _, misfit = _beside(row.get("t1", ""), flair)
-        notes = [f"T1 {misfit}: register it before training with it"] if misfit else ["no T1"] * (inputs.t1_beside and not row.get("t1"))
+        notes = [f"T1 {misfit}: {UNFIT}"] if misfit else ["no T1"] * (inputs.t1_beside and not row.get("t1"))
         notes += _mask_notes(case, voxels, lesion_ml, inputs, volume) + _ventricle_notes(row.get("ventricles", ""), case)
         notes += geometry_notes(flair, axial=not inputs.t1_alone)
     return {"case": row["case"], "site": row["site"], "shape": " x ".join(map(str, flair.data.shape)),

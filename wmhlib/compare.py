@@ -11,6 +11,7 @@ import pandas as pd
 import scipy.stats
 from tqdm import tqdm
 
+from .cohort import UNFIT
 from .engine import WMHInferenceEngine
 from .errors import InputError, RecipeError
 from .files import read_table, write_table
@@ -92,7 +93,7 @@ def ablations(recipe: Recipe, cases: pd.DataFrame, names: tuple[str, ...] = tupl
     scaled = {f"{words} the rank": f"adapter.rank_attention={max(1, round(factor * own.rank_attention))} adapter.rank_mlp={round(factor * own.rank_mlp)}"
               for words, factor in (("half", 0.5), ("twice", 2))}
     changes = {name: (ABLATIONS | scaled)[name] for name in names}
-    impossible = {WITH_T1} if (cases.t1 == "").any() or cases.warnings.str.contains("T1 lies|T1 cannot").any() else set()
+    impossible = {WITH_T1} if (cases.t1 == "").any() or cases.warnings.str.contains(UNFIT, regex=False).any() else set()
     impossible |= {WITH_T1, WITH_NEIGHBOURS} if recipe.inputs.images else set()
     idle = {name for name, change in changes.items() if name != BASELINE and name not in impossible and recipe.with_overrides(change) == recipe}
     for left_out, why in ((impossible, "which these cases do not allow"), (idle, "which is the recipe's own")):
