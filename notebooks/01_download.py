@@ -64,12 +64,12 @@ overrides: str = ""  # settings to change, the way the text above shows
 # %%
 import pandas as pd
 
-from wmhlib import cohort, download, figures, presets, report
+from wmhlib import cohort, download, figures, opening, presets, report
 from wmhlib.workspace import RunFolder
 
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 recipe = presets.preset(preset, f"seed={seed} {overrides}")
-run = download.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)
+run = opening.open_run(RunFolder(run_dir or f"{root}/{preset}"), recipe, medsam)
 print(f"run folder {run.path}")
 
 # %% [markdown]

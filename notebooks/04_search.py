@@ -20,6 +20,7 @@
 #
 # Looks for the threshold, the smallest component worth keeping and the use of test-time augmentation (TTA)
 # on validation cases. Test cases are refused. Reads `best.safetensors`; writes `search.csv` and `operating_point.json`.
+# With `data_dir` the point is chosen on other labelled cases, for weights that are to be used there, and nothing is trained.
 #
 # The first cell below prepares Colab (Drive, missing packages) and does nothing elsewhere; the second holds all you may want to set.
 
@@ -40,8 +41,10 @@ from wmhlib.colab import bootstrap
 root = bootstrap()
 
 # %% tags=["parameters"]
-preset: str = "demo"  # recipe, the one of notebook 01
+preset: str = "demo"  # recipe, the one of notebook 01; empty: the weights that come with the suite, which want data_dir
 run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora/<preset>
+data_dir: str = ""  # other labelled cases, a folder or CSV, to choose the point on; empty: the run's own validation cases
+out_dir: str = ""  # run folder for the weights with that point; empty: tuned/<name of data_dir> in the run folder, or in runs/minisam (in Colab MyDrive/wmh-lora/minisam)
 
 # %% [markdown]
 # The best weights of the run, whatever the last epoch did.
@@ -49,13 +52,14 @@ run_dir: str = ""  # run folder; empty: runs/<preset>, in Colab MyDrive/wmh-lora
 # %%
 import json
 
-from wmhlib import cohort, figures, report, search
+from wmhlib import cohort, figures, opening, report, search
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.files import read_table, write_atomic, write_table
-from wmhlib.workspace import RunFolder
+from wmhlib.workspace import MINISAM, RunFolder
 
-run = RunFolder(run_dir or f"{root}/{preset}")
-recipe = run.recipe(preset)
+run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
+run = opening.open_tuning(run, data_dir, out_dir, root)
+recipe = run.recipe(preset or None)
 engine = WMHInferenceEngine.from_run(run, at_point=False)
 
 # %% [markdown]
@@ -68,7 +72,7 @@ write_table(table, run.search_csv)
 
 # %% [markdown]
 # Many points are nearly as good as the best (the *plateau*); its centre is chosen, since a narrow peak may be chance. With `operating.prefer=sensitive` the
-# threshold is lowered by up to one standard error, for scanners that no validation case comes from. The baseline's z-score threshold and the
+# threshold is lowered as far as the mean Dice stays within one standard error of the best, for scanners that no validation case comes from. The baseline's z-score threshold and the
 # limit above which a case is flagged as unsure are chosen on the same cases.
 
 # %%

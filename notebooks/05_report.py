@@ -56,7 +56,7 @@ import json
 import pandas as pd
 from IPython.display import HTML, Image, Markdown, display
 
-from wmhlib import adapters, charts, download, evaluation, figures, methods, prompting, report, viewer
+from wmhlib import adapters, charts, evaluation, figures, methods, opening, prompting, report, viewer
 from wmhlib.engine import WMHInferenceEngine
 from wmhlib.files import read_table
 from wmhlib.workspace import MINISAM, RunFolder
@@ -66,7 +66,7 @@ run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
 recipe = run.recipe(preset or None)
 run.need(run.operating_point, "04_search")
 engine = WMHInferenceEngine.from_run(run)
-out = download.open_evaluation(run, data_dir, out_dir, root)
+out = opening.open_evaluation(run, data_dir, out_dir, root)
 
 # %% [markdown]
 # Every case is predicted and scored. Its mask is kept on the scan's own grid, for any viewer. Where the base answers prompts it is

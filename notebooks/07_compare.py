@@ -55,14 +55,14 @@ share: str = "1/1"  # "2/8": this is the second of eight jobs that share the gri
 # %%
 from pathlib import Path
 
-from wmhlib import cohort, compare, download, presets, report
+from wmhlib import cohort, compare, opening, presets, report
 from wmhlib.bench import compared, roofline
 from wmhlib.files import read_table, write_table
 from wmhlib.workspace import RunFolder
 
 out, plan = Path(out_dir or f"{root}/compare_{preset}").expanduser(), compare.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
-recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+recipe = opening.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 drawn = compare.numbers(seeds, "seeds") or plan.seeds
 each = f"{plan.each} {overrides}"
 named = compare.systems(methods.split() or plan.methods, compare.numbers(ranks, "ranks") or plan.ranks)

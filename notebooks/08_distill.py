@@ -61,7 +61,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wmhlib import cohort, distill, download, fewshot, minisam, modalities, presets, slicestore, training
+from wmhlib import cohort, distill, fewshot, minisam, modalities, opening, presets, slicestore, training
 from wmhlib.bench import claims, distilled, roofline
 from wmhlib.files import read_table, write_table
 from wmhlib.teacher import choose
@@ -69,7 +69,7 @@ from wmhlib.workspace import RunFolder
 
 out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
-recipe = download.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
+recipe = opening.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 minisam.check_request(recipe, plan, overrides)
 job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed, student_px=student_px, alpha=alpha, feature=feature)
 cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv), recipe.inputs)

@@ -56,7 +56,7 @@ overrides: str = ""  # settings of all networks to change, the way notebook 01 s
 # %%
 from pathlib import Path
 
-from wmhlib import charts, cohort, compare, download, presets, report
+from wmhlib import charts, cohort, compare, opening, presets, report
 from wmhlib.bench import charts as bench
 from wmhlib.bench import compared, roofline, volumes
 from wmhlib.bench.table import shown
@@ -66,7 +66,7 @@ from wmhlib.workspace import RunFolder
 
 out, recipe, plan = Path(out_dir or f"{root}/{preset}_networks").expanduser(), presets.preset(preset), study.plan(preset)
 run = RunFolder(run_dir or (out / "cases" if recipe.cohort.synthetic_cases else f"{root}/{preset}"))
-recipe = download.prepare(run, recipe).recipe(preset)
+recipe = opening.prepare(run, recipe).recipe(preset)
 named, drawn = study.systems(networks), compare.numbers(seeds, "seeds") or [0]
 study.check_request(run, named, folds, formats, overrides)
 data = cohort.describe(read_table(run.cohort_csv), recipe.inputs)

@@ -91,7 +91,7 @@ def _read_run(path: Path, seeds: Seeds) -> None:
 
 
 def _read_sidecar(path: Path, seeds: Seeds) -> None:
-    mask = bids.sidecar(bids.paths(path.parent, "sub-01")["mask"])
+    mask = bids.sidecar(bids.paths(path.parent, "sub-01", bids.WMH)["mask"])
     mask.parent.mkdir(parents=True)
     shutil.copy(path, mask)
     try:
@@ -104,11 +104,11 @@ def _read_sidecar(path: Path, seeds: Seeds) -> None:
 
 def _read_description(path: Path, seeds: Seeds) -> None:
     layouts._our_own(path.parent)
-    bids.write_dataset(path.parent / "none", {})
+    bids.write_dataset(path.parent / "none", {}, bids.WMH)
     shutil.rmtree(path.parent / "none")
     before = path.read_bytes()
     try:
-        bids.write_dataset(path.parent, {})
+        bids.write_dataset(path.parent, {}, bids.WMH)
     finally:
         for name in ("README", f"{bids.WMH.entities}_lesions.json", ".bidsignore"):
             (path.parent / name).unlink(missing_ok=True)

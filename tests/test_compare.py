@@ -163,7 +163,7 @@ def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):
 
 def test_two_jobs_fill_a_grid_that_a_third_one_reports(tmp_path):
     command = [sys.executable, "-m", "wmhlib.suite", "compare", "--preset", "smoke", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "grid")]
-    from wmhlib.download import prepare
+    from wmhlib.opening import prepare
     prepare(RunFolder(tmp_path / "run"), preset("smoke", "cohort.synthetic_cases=6"))
     jobs = [subprocess.Popen([*command, "--share", f"{i}/2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in (1, 2)]
     for job in jobs:

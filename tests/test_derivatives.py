@@ -79,7 +79,7 @@ def test_a_scan_that_moved_without_its_results_keeps_them(scan, tmp_path):
     scan("c/sub-01_FLAIR.nii.gz", shape=(26, 28, 10))
     new.unlink()
     table = run(Engine(), tmp_path / "c" / "sub-01_FLAIR.nii.gz", out)
-    assert table.scan[0] != "sub-01" and bids.paths(out, "sub-01")["mask"].exists()
+    assert table.scan[0] != "sub-01" and bids.paths(out, "sub-01", bids.WMH)["mask"].exists()
 
 
 @pytest.mark.parametrize("name", ["README", "index.html", "manual/sub-01/anat/mask.nii.gz", "fmriprep/dataset_description.json"])

@@ -1,6 +1,6 @@
 import pytest
 
-from wmhlib import cohort, download
+from wmhlib import cohort, download, opening
 from wmhlib.errors import CheckpointError, InputError, MissingStepError, RecipeError
 from wmhlib.files import read_table
 from wmhlib.presets import preset
@@ -67,18 +67,18 @@ def test_weights_that_do_not_fit_open_no_run_folder(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     run = RunFolder(tmp_path / "c")
     with pytest.raises(CheckpointError):
-        download.open_run(run, preset("smoke"), str(tmp_path / "weights.pth"))
+        opening.open_run(run, preset("smoke"), str(tmp_path / "weights.pth"))
     assert not run.path.exists()
 
 
 def test_a_run_without_cases_gets_those_of_its_recipe(tmp_path):
     recipe = preset("smoke", "cohort.synthetic_cases=3 cohort.scale=4.0")
-    run = download.prepare(RunFolder(tmp_path / "run"), recipe)
+    run = opening.prepare(RunFolder(tmp_path / "run"), recipe)
     before = run.split_csv.read_bytes()
     assert len(run.cases()) == 3 and cohort.describe(read_table(run.cohort_csv)) == "synthetic cases"
-    assert download.prepare(run, recipe).split_csv.read_bytes() == before
+    assert opening.prepare(run, recipe).split_csv.read_bytes() == before
 
 
 def test_without_a_cohort_of_its_own_a_run_is_to_be_prepared_first(tmp_path):
     with pytest.raises(MissingStepError, match="split.csv is missing: run notebook 02_split first"):
-        download.prepare(RunFolder(tmp_path / "run"), preset("stroke"))
+        opening.prepare(RunFolder(tmp_path / "run"), preset("stroke"))

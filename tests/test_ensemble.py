@@ -100,6 +100,6 @@ def test_several_runs_on_strokes_predict_as_one_into_files_that_say_stroke(engin
     assert "Stroke lesions" in texts and "hyperintens" not in texts and "white matter" not in texts
     assert len(list(derivatives.worth_a_look(read_table(out / bids.TABLE), out))) == 1
     with pytest.raises(InputError, match="another kind of scan .Stroke lesions"):
-        bids.write_dataset(out, {})
+        bids.write_dataset(out, {}, bids.WMH)
     with pytest.raises(InputError, match="quotes"):
         run_folders("'a b")

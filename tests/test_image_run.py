@@ -14,10 +14,10 @@ from wmhlib import (
     charts,
     cohort,
     derivatives,
-    download,
     evaluation,
     figures,
     methods,
+    opening,
     presets,
     report,
     search,
@@ -40,7 +40,7 @@ OVERRIDES = ("inputs.modalities=['red','green','blue'] inputs.img_size=32 split.
 def image_run(tmp_path_factory):
     """Cohort, split, training and operating point of five tiny images, as notebooks 01 to 04 make them: the run folder."""
     recipe = presets.preset("smoke", OVERRIDES)
-    run = download.prepare(RunFolder(tmp_path_factory.mktemp("runs") / "vessels"), recipe)
+    run = opening.prepare(RunFolder(tmp_path_factory.mktemp("runs") / "vessels"), recipe)
     training.fit(run, progress=False)
     table, validation = search.search(WMHInferenceEngine.from_run(run).cases(run, "val", progress=False), recipe.operating)
     write_table(table, run.search_csv)
@@ -120,10 +120,10 @@ def test_weights_for_images_are_not_run_on_scans(image_run, tmp_path):
 
 def test_other_images_are_evaluated_and_known_ones_refused(image_run, tmp_path):
     vessels.write_images(tmp_path / "other", 2, 7, 56, progress=False)
-    folder = download.open_evaluation(image_run, str(tmp_path / "other"), str(tmp_path / "out"))
+    folder = opening.open_evaluation(image_run, str(tmp_path / "other"), str(tmp_path / "out"))
     assert folder.cases().split.tolist() == ["test", "test"]
     with pytest.raises(InputError, match="were used to train"):
-        download.open_evaluation(image_run, str(image_run.path / "data"), str(tmp_path / "again"))
+        opening.open_evaluation(image_run, str(image_run.path / "data"), str(tmp_path / "again"))
 
 
 def test_the_same_images_train_the_same_weights(image_run, tmp_path):

@@ -153,9 +153,7 @@ def test_an_unknown_modality_and_a_recipe_without_adapters_are_refused(three):
         Modalities(preset("smoke", "adapter.method=none"))
 
 
-def test_a_modality_of_vit_b_has_fewer_than_5_million_parameters(three):
-    network = three.use("t1")
-    assert three.parameters("t1") == sum(p.numel() for p in network.parameters() if p.requires_grad)
+def test_a_modality_of_vit_b_has_fewer_than_5_million_parameters():
     with torch.device("meta"):
         wide = WMHNet(preset("colab", RANKS))
     assert 1.5e6 < sum(p.numel() for p in wide.parameters() if p.requires_grad) < 5e6

@@ -9,8 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from wmhlib import evaluation, suite
+from wmhlib import adapters, evaluation, methods, suite
 from wmhlib.cohort import find_cases
+from wmhlib.engine import WMHInferenceEngine
 from wmhlib.files import read_table
 from wmhlib.phantom import write_cohort
 from wmhlib.workspace import RunFolder
@@ -121,6 +122,20 @@ def test_other_labelled_cases_are_evaluated_without_training(smoke_run, tmp_path
     arguments[-1] += "-again"
     assert suite.main([*arguments, "--data", str(run.path / "data")]) == 1
     assert "were used to train" in capsys.readouterr().err
+
+
+def test_a_point_chosen_on_other_labelled_cases_goes_with_the_same_weights_and_is_reported(smoke_run, tmp_path, capsys):
+    run, data, out = smoke_run[0], tmp_path / "other", RunFolder(tmp_path / "tuned")
+    write_cohort(data, 3, seed=7, scale=4.0, progress=False)
+    assert suite.main(["tune", "--run", str(run.path), "--out", str(out.path), "--data", str(data)]) == 0 and "04_search.html" in capsys.readouterr().out
+    cases, mine, theirs = out.cases(), WMHInferenceEngine.from_run(out), WMHInferenceEngine.from_run(run)
+    assert mine.model.fingerprint() == theirs.model.fingerprint() and (out.point()["n"], out.recipe().operating.prefer) == (3, "centre")
+    assert set(cases.split) == {"train", "val"} and cases.case.is_unique and (cases.split == "val").sum() == 3
+    assert set(run.seen().digest) < set(out.seen().digest) and not set(cases.digest) & set(out.earlier().digest)
+    story = methods.Story.of(out, run, adapters.budget(mine.model))
+    assert "chosen on 3:" in story.card().to_string() and "On the 3 validation cases" in story.paragraph()
+    for place, folder, reason in ((run.path / "data", out, "were used to train"), (data, run, "holds another run")):
+        assert suite.main(["tune", "--run", str(run.path), "--out", str(folder.path), "--data", str(place)]) == 1 and reason in capsys.readouterr().err
 
 
 def test_a_notebook_that_stops_says_why_and_leaves_nothing(tmp_path, capsys):

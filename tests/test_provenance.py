@@ -5,7 +5,7 @@ import pytest
 from predicting import Engine, run, sidecar
 
 from wmhlib import derivatives, provenance, scanpages
-from wmhlib.errors import InputError
+from wmhlib.files import read_table
 
 pytestmark = pytest.mark.usefixtures("quick_figure")
 
@@ -57,12 +57,17 @@ def test_a_mask_that_was_edited_is_not_lost(scan, tmp_path, capsys):
     edited = nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine)
     nibabel.save(edited, path)
     kept = path.read_bytes()
-    with pytest.raises(InputError, match="was changed since it was made"):
-        run(engine, flair, out)
-    assert path.read_bytes() == kept and len(engine.seen) == 1
+    for flairs in (flair, scan("sub-02_FLAIR.nii.gz")):  # named again or not
+        run(engine, flairs, out)
+        row = read_table(out / "wmh_volumes.csv").iloc[0]
+        assert (row.status, row.volume_ml, row.lesions) == ("edited", 0, 0) and "edited by hand" in row.reason
+    assert path.read_bytes() == kept and len(engine.seen) == 2 and "edited by hand" in (out / "index.html").read_text()
+    nibabel.save(nibabel.Nifti1Image(np.full(image.shape, 7, np.uint8), image.affine), path)
+    run(engine, flairs, out)
+    assert read_table(out / "wmh_volumes.csv").status.tolist() == ["failed", "done"]
     path.rename(tmp_path / "mine.nii.gz")
     run(engine, flair, out)
-    assert len(engine.seen) == 2
+    assert len(engine.seen) == 3
 
 
 def test_a_t1_counts_as_input_only_where_the_network_looks_at_it(scan, tmp_path):

@@ -171,9 +171,9 @@ def test_results_replace_a_link_and_do_not_write_through_it(tmp_path, tiny_nifti
                                      {"FLAIR": "x", "MadeWith": {}, "Result": {"lesions": "=1+1"}, "Files": {}},
                                      {"FLAIR": "x\0", "MadeWith": {}, "Result": {"lesions": 1, "volume_ml": 1}, "Files": {}}])
 def test_a_foreign_sidecar_is_passed_over(sidecar, tmp_path):
-    path = bids.sidecar(bids.paths(tmp_path, "sub-01")["mask"])
+    path = bids.sidecar(bids.paths(tmp_path, "sub-01", bids.WMH)["mask"])
     write_atomic(path, json.dumps(sidecar))
-    assert provenance.done_before(tmp_path) == {}
+    assert provenance.done_before(tmp_path, bids.WMH) == {}
 
 
 def contents(folder):

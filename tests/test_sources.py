@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from service import Service
 
-from wmhlib import download, fetch
+from wmhlib import download, fetch, opening
 from wmhlib.errors import InputError
 from wmhlib.presets import preset
 from wmhlib.workspace import RunFolder
@@ -270,7 +270,7 @@ def test_medsam_is_fetched_beside_the_run_folders_and_goes_on_where_it_stopped(s
     monkeypatch.setattr(download, "MEDSAM_URL", f"{service.url}/weights.pth")
     monkeypatch.setattr(download, "MEDSAM_MD5", hashlib.md5(bytes(100)).hexdigest())
     monkeypatch.setattr(download.medsam, "build_encoder", lambda encoder, seed: None)
-    run = download.open_run(RunFolder(tmp_path / "runs" / "d"), preset("smoke"), "zenodo")
+    run = opening.open_run(RunFolder(tmp_path / "runs" / "d"), preset("smoke"), "zenodo")
     target = tmp_path / "runs" / "weights" / "medsam_vit_b.pth"
     assert target.read_bytes() == bytes(100) and service.times("/weights.pth") == [None, "bytes=60-"]
     assert run.recipe().encoder.checkpoint == str(target)

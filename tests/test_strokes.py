@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from wmhlib import cohort, download, phantom, strokes
+from wmhlib import cohort, download, opening, phantom, strokes
 from wmhlib.presets import preset
 from wmhlib.splits import split_cases
 from wmhlib.volumes import reorient
@@ -136,6 +136,6 @@ def test_sites_and_sides_of_the_body_agree_with_the_affine(cases):
 
 def test_a_run_of_the_preset_brings_its_own_cohort(tmp_path):
     recipe = preset("stroke-smoke", "cohort.synthetic_cases=3")
-    run = download.open_run(RunFolder(tmp_path / "run"), recipe)
+    run = opening.open_run(RunFolder(tmp_path / "run"), recipe)
     found = cohort.find_cases(download.get_cohort(run), recipe.inputs)
     assert found.origin.tolist() == ["synthetic"] * 3 and found.site.tolist() == ["R001", "R002", "R003"]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .atlas import Maps, template
+from .volumetric.boxes import resample
 
 AIR, CSF, BONE, MARROW, FAT, MUSCLE, SKIN, GLAND, MUCOSA, FLUID = range(10)
 
@@ -97,7 +98,7 @@ class Patient:
         """Smooth noise of mean 0 and variance about 1 whose bumps are `size` mm wide (one size, or one an axis)."""
         bases = [_spline((a - a[0]) / s) for a, s in zip(self.axes, size * (3 // len(size)))]
         knots = 3 * torch.randn([b.shape[1] for b in bases], generator=self.generator)
-        return _raise(knots, [base[part] for base, part in zip(bases, self.box)])
+        return resample(knots, [base[part] for base, part in zip(bases, self.box)])
 
     def deform(self, amplitude: float, size: float) -> None:
         """Moves `points` by smooth noise of `amplitude` mm, bumps `size` mm wide."""
@@ -109,7 +110,7 @@ class Patient:
         every = [max(1, round(3 / (a[1] - a[0]))) for a in self.axes]
         picks = [np.append(np.arange(0, len(a) - 1, e), len(a) - 1) for a, e in zip(self.axes, every)]
         bases = [_tent(a, a[pick]) for a, pick in zip(self.axes, picks)]
-        return [_raise(coarse, bases) for coarse in maps(self.points[np.ix_(*picks)])[channels]]
+        return [resample(coarse, bases) for coarse in maps(self.points[np.ix_(*picks)])[channels]]
 
     def ellipsoid(self, centre, radii, rough: float = 0.15, middle=None) -> tuple[tuple[slice, ...], torch.Tensor]:
         """A box of the grid around an ellipsoid, and in it the squared normalised radius (1 on the surface), roughened.
@@ -269,10 +270,3 @@ def _tent(positions: np.ndarray, knots: np.ndarray) -> torch.Tensor:
     """Linear interpolation as a matrix, positions x knots."""
     columns = [np.interp(positions, knots, row) for row in np.eye(len(knots))]
     return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
-
-
-def _raise(coarse: torch.Tensor, bases: list[torch.Tensor]) -> torch.Tensor:
-    """Values on a coarse grid to a fine one, axis by axis."""
-    for base in bases:
-        coarse = torch.tensordot(coarse, base, ([0], [1]))
-    return coarse

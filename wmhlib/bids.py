@@ -60,7 +60,7 @@ def kind_of(inputs: Inputs) -> Kind:
     return STROKE if inputs.t1_alone else WMH
 
 
-def paths(out: Path, name: str, kind: Kind = WMH) -> dict[str, Path]:
+def paths(out: Path, name: str, kind: Kind) -> dict[str, Path]:
     """Where the results of the scan `name` (sub-01_ses-02_run-1) lie below `out`: mask, probability, entropy (NIfTI),
     lesions (TSV), thumbnail (JPEG) and page (HTML)."""
     session = re.search(r"_(ses-[^_]+)", name)
@@ -79,7 +79,7 @@ def sidecar(image: Path) -> Path:
     return image.with_name(image.name.removesuffix(".nii.gz") + ".json")
 
 
-def read_sidecars(out: Path, kind: Kind = WMH) -> dict[str, dict]:
+def read_sidecars(out: Path, kind: Kind) -> dict[str, dict]:
     """The sidecar of every mask below `out`, by the scan's name; one that is no JSON object is passed over."""
     found = {}
     for path in sorted(out.glob(f"sub-*/**/anat/sub-*_{kind.entities}_mask.json")):
@@ -144,7 +144,7 @@ def made_by_us(folder: Path) -> bool:
     return isinstance(tools, list) and any(isinstance(tool, dict) and tool.get("Name") == "wmhlib" for tool in tools)
 
 
-def write_dataset(out: Path, links: dict[Path, str], kind: Kind = WMH) -> None:
+def write_dataset(out: Path, links: dict[Path, str], kind: Kind) -> None:
     """The files at the top of the dataset: description, README, the columns of the lesion tables, what is not BIDS.
 
     Raises InputError, and writes nothing, where `out` is a dataset that something else made, or one of another kind, or a folder with

@@ -6,7 +6,8 @@
 
 A scan is done when its mask's sidecar is there: it is written last, says what the results were made of and with, and holds
 the sha256 of every file beside it. So a run again makes only what is missing, damaged, or made of another input, with other
-weights, by other code, in another precision (a GPU's fp16 is not a laptop's fp32) or at another operating point.
+weights, by other code, in another precision (a GPU's fp16 is not a laptop's fp32) or at another operating point. A mask that was
+edited by hand stays, and counts with its own volume.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .workspace import RunFolder, split_paths
 TABLE, INDEX = bids.TABLE, bids.INDEX
 COLUMNS = ["scan", "subject", "session", "flair", "volume_ml", "lesions", "uncertainty", "unsure", "threshold", "min_voxels",
            "min_mm3", "tta", "warnings", "status", "reason", "page"]
+_EDITED = "the mask was edited by hand: volume and lesions are its own; its page, probabilities and table of lesions are of the mask before"
 _LONGEST = timedelta(days=30)  # that one process may wait for another
 _DESCRIPTIONS = {
     "mask": "Mask of {lesion}: 1 where the probability reaches the threshold, small components left out",
@@ -99,8 +101,8 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
     """Segments `scans` (columns flair, and t1, subject, session where known) with `engine`, one at a time, into `out`.
 
     Results are named by `bids.name_scans`. Those made before of the same files, with the same weights and code in the same precision, and at
-    the same point, are kept. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
-    that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", or "failed" with its reason; `warnings` as `cohort.geometry_notes`;
+    the same point, are kept, and so is a mask that was edited since, with its own volume and lesions. A scan that fails is reported, and the others go on; one that fails while its results are saved has none
+    that count, and is made anew by the next call. Returns a row a scan (COLUMNS; status "done", "edited", or "failed" with its reason; `warnings` as `cohort.geometry_notes`;
     `unsure` NA where the point has no `unsure_above`). `wmh_volumes.csv` and `index.html` list them and those done before,
     paths relative to `out`; after an interruption (Ctrl-C) too. Of several `processes`, which all call this with the same scans, each segments
     every n-th one; all return the whole table, and the main one alone writes the two files, when every scan is done.
@@ -130,13 +132,12 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
             name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
             try:
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
-                if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind):
-                    provenance.refuse_edited(out, name, sidecar, kind)
+                if not provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind) and not provenance.is_edited(out, name, sidecar, kind):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
                     spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices {missing} skipped"
-                rows.append(_row(name, sidecar, kind))
+                rows.append(_known(out, name, sidecar, kind))
             except Exception as error:  # whatever is wrong with one scan, the others go on
-                rows.append(_row(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, kind, reason(error)) | {"t1": scan.get("t1")})
+                rows.append(_failed(name, {"FLAIR": scan["flair"], "MadeWith": made_with}, kind, error) | {"t1": scan.get("t1")})
             if progress:
                 print(f"[{number}/{len(scans)}] {_line(rows[-1], spent)}", flush=True)
         if processes:
@@ -227,13 +228,27 @@ def _shown(row: dict, volume: Volume, mask: np.ndarray, prob: np.ndarray, unsure
             "flair": volume.data, "result": mask, "prob": prob, "entropy": unsure}
 
 
-def _row(name: str, sidecar: dict, kind: bids.Kind, failure: str = "") -> dict:
+def _known(out: Path, name: str, sidecar: dict, kind: bids.Kind) -> dict:
+    """The row of a scan whose results are there; of a mask that was edited since with the volume and lesions of that."""
+    if not provenance.is_edited(out, name, sidecar, kind):
+        return _row(name, sidecar, kind)
+    scan = load_volume(sidecar["FLAIR"])
+    mask = load_mask(bids.paths(out, name, kind)["mask"], scan) == 1
+    lesions = lesion_table(mask, np.float32(mask), scan.affine)
+    measured = {"volume_ml": float(lesions["volume_ml"].sum()), "lesions": len(lesions)}
+    return _row(name, sidecar | {"Result": sidecar["Result"] | measured}, kind) | {"status": "edited", "reason": _EDITED}
+
+
+def _failed(name: str, sidecar: dict, kind: bids.Kind, error: Exception) -> dict:
+    return _row(name, sidecar | {"Result": {}}, kind) | {"status": "failed", "reason": reason(error), "page": ""}
+
+
+def _row(name: str, sidecar: dict, kind: bids.Kind) -> dict:
     """The row of one scan in the table, as its sidecar tells it."""
     subject, *others = name.split("_")
     point = {key: sidecar["MadeWith"].get(key) for key in provenance.OF_MASKS}
     return {"scan": name, "subject": subject, "session": next((part for part in others if part.startswith("ses-")), ""),
-            "flair": sidecar["FLAIR"], **sidecar.get("Result", {}), **point, "status": "failed" if failure else "done",
-            "reason": failure, "page": "" if failure else bids.paths(Path(), name, kind)["page"].as_posix()}
+            "flair": sidecar["FLAIR"], **sidecar["Result"], **point, "status": "done", "reason": "", "page": bids.paths(Path(), name, kind)["page"].as_posix()}
 
 
 def _table(rows: list[dict]) -> pd.DataFrame:
@@ -251,9 +266,14 @@ def _relative(row: dict, out: Path) -> dict:
 
 def _write_overview(rows: list[dict], out: Path, kind: bids.Kind) -> None:
     """Table and index of `rows` and of everything else that is done in `out`."""
-    new = {row["scan"] for row in rows}
-    earlier = [_row(name, sidecar, kind) for name, sidecar in provenance.done_before(out, kind).items() if name not in new]
-    table = _table([_relative(row, out) for row in sorted([*rows, *earlier], key=lambda row: natural(row["scan"]))])
+    rows, new = list(rows), {row["scan"] for row in rows}
+    for name, sidecar in provenance.done_before(out, kind).items():
+        if name not in new:
+            try:
+                rows.append(_known(out, name, sidecar, kind))
+            except WMHError as error:  # an edited mask, or its scan, that cannot be read
+                rows.append(_failed(name, sidecar, kind, error))
+    table = _table([_relative(row, out) for row in sorted(rows, key=lambda row: natural(row["scan"]))])
     write_table(table, out / TABLE)
     write_atomic(out / INDEX, scanpages.index_page(table, out, kind))
 
@@ -262,7 +282,8 @@ def _line(row: dict, spent: str) -> str:
     if row["status"] == "failed":
         return f"{row['scan']} failed: {row['reason']}"
     warnings = f"; {row['warnings']}" if row.get("warnings") else ""
-    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {row['lesions']} lesion{'s' * (row['lesions'] != 1)}{', unsure' * bool(row['unsure'])} ({spent}){warnings}"
+    lesions = f"{row['lesions']} lesion{'s' * (row['lesions'] != 1)}{', unsure' * bool(row['unsure'])}"
+    return f"{row['scan']}: {row['volume_ml']:.1f} mL in {lesions} ({spent}{', mask edited by hand' * (row['status'] == 'edited')}){warnings}"
 
 
 if __name__ == "__main__":

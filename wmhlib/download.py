@@ -7,16 +7,14 @@ import os
 import re
 import urllib.parse
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
-from . import archives, fetch, medsam, phantom, vessels
-from .cohort import SYNTHETIC_NOTE, check_cases, find_cases
+from . import archives, fetch, phantom, vessels
+from .cohort import SYNTHETIC_NOTE
 from .colab import secret
-from .errors import InputError, RecipeError, listed, some
-from .files import read_json, read_table, write_atomic, write_table
+from .errors import InputError, RecipeError
+from .files import read_json, write_atomic
 from .settings import Recipe
-from .splits import split_cases
 from .workspace import RunFolder
 
 MEDSAM_URL = "https://zenodo.org/records/10689643/files/medsam_vit_b.pth"  # doi:10.5281/zenodo.10689643; 375,049,145 bytes
@@ -24,59 +22,6 @@ MEDSAM_MD5 = "3bb6db55bd0c9ca30b61248bca72f8d6"
 KAGGLE_DATASET = "farahmo/wmh-dataset"
 DATAVERSE = "https://dataverse.nl"
 DATAVERSE_DOI = "doi:10.34894/AECRSD"
-
-
-def open_run(run: RunFolder, recipe: Recipe, weights: str = "") -> RunFolder:
-    """Opens `run` for `recipe`, its encoder starting from `weights`: "" the recipe's own, "zenodo" MedSAM (fetched once to
-    `weights/` beside the run folders), or a file. Weights are loaded once as a check (CheckpointError if they do not fit)."""
-    if weights:
-        path = fetch_medsam(run.path.parent.absolute() / "weights") if weights == "zenodo" else Path(weights).expanduser().absolute()
-        recipe = replace(recipe, encoder=replace(recipe.encoder, checkpoint=str(path)))
-        medsam.build_encoder(recipe.encoder, recipe.seed)
-    if not (recipe.volume.network or recipe.encoder.checkpoint or recipe.encoder.random):
-        raise RecipeError(f"preset {recipe.name!r} adapts a trained encoder and none is named: set medsam to 'zenodo' or to a "
-                          "checkpoint file (encoder.random=true trains on random weights)")
-    return run.open(recipe)
-
-
-def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
-    """`run` with cohort and split: those it has, or what notebooks 01 and 02 make of a synthetic cohort of `recipe`. MissingStepError where the
-    recipe has none."""
-    if not recipe.cohort.synthetic_cases:
-        run.need(run.split_csv, "02_split")
-    if not run.split_csv.exists():
-        open_run(run, recipe)
-        cases = find_cases(get_cohort(run), recipe.inputs)
-        run.write_cases(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]))
-        write_table(split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
-    return run
-
-
-def open_evaluation(run: RunFolder, data: str, out: str = "", root: str = "runs") -> RunFolder:
-    """The folder to evaluate `run` in: the run itself on its own test cases where `data` is "", else on the labelled cases of `data`
-    (`cohort.find_cases`), all of them test cases: `out`, or `RunFolder.evaluation` below `root`. Raises InputError for a scan that the run was trained or
-    chosen on, for a folder that holds a run, or an evaluation of other cases, and for the weights that come with the suite without `data`."""
-    if not data:
-        if run.shipped:
-            raise InputError("the test cases of the weights that come with the suite are not at hand: name labelled cases to evaluate them on (data_dir; DATA= of make evaluate)")
-        return run
-    folder, recipe, cases, known = run.evaluation(data, out, root), run.recipe(), find_cases(data, run.recipe().inputs), run.seen()
-    if folder.best.exists() or folder.checkpoints.exists():
-        raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
-    if folder.cohort_csv.exists() and not set(read_table(folder.cohort_csv).flair) & set(cases.flair):
-        raise InputError(f"{folder.path} holds the evaluation of other cases: choose another folder, or delete it")
-    cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
-    seen = cases.case[cases.digest.isin(known.digest)]
-    if len(seen):
-        raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): "
-                         "evaluate on others")
-    odd = [f"{case.case}: {case.warnings}" for case in cases.itertuples() if case.warnings]
-    if odd:
-        print(f"{len(odd)} cases are odd:{listed(odd)}", flush=True)
-    folder.open(recipe)
-    write_table(cases, folder.cohort_csv)
-    write_table(cases[["case", "subject", "site", "lesion_ml"]].assign(split="test"), folder.split_csv)
-    return folder
 
 
 def get_cohort(run: RunFolder, source: str = "", folder: str = "") -> Path:

@@ -58,8 +58,10 @@ def _unfit(path: Path, about: Path, key: dict, count: int) -> str:
     try:
         kept = read_json(about)
         found = len(np.load(path, mmap_mode="r"))
-        if found != count or len(kept["mean"]) != CHANNELS or len(kept["std"]) != CHANNELS:
+        if found != count:
             return f"holds {found} embeddings where {count} are needed"
+        if len(kept["mean"]) != CHANNELS or len(kept["std"]) != CHANNELS:
+            return f"does not have the statistics of {CHANNELS} channels"
     except (InputError, KeyError, TypeError, ValueError, OSError):
         return "is damaged"
     differing = [name for name, value in key.items() if kept.get(name) != value]

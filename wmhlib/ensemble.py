@@ -17,7 +17,7 @@ _MEANS = ("threshold", "zscore_threshold", "unsure_above", "poor_below")  # of a
 
 
 class Networks(TrainedNet):
-    """The networks of the members, for their count and fingerprint."""
+    """The networks of the members, for their fingerprint."""
 
     def __init__(self, networks: Sequence[TrainedNet]):
         super().__init__()

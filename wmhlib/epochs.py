@@ -167,7 +167,8 @@ def _loss(job: Job, cases: list, micro: _Places, *number: int) -> Tensor:
     if job.ranks.triplets:
         more["orthogonality"] = job.ranks.regulariser()
     loss, parts = total_loss(fused, scales, labels, job.recipe.loss, *edges)
-    return torch.stack([sum(more.values(), loss), *parts.values(), *(part.detach() for part in more.values())])
+    values = {"train_loss": sum(more.values(), loss)} | parts | {name: part.detach() for name, part in more.items()}
+    return torch.stack([values[name] for name in job.parts])
 
 
 def _stop(job: Job, cases: list, micros: list[_Places], epoch: int, step: int, reason: str) -> NoReturn:

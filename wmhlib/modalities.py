@@ -23,13 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import training
-from .download import prepare
 from .engine import WMHInferenceEngine, plain_dice
 from .errors import CheckpointError, InputError, RecipeError
 from .figures import ORANGE, page
 from .files import sha256, write_atomic, write_table
 from .minisam import modality_recipe
 from .network import WMHNet, load_network
+from .opening import prepare
 from .settings import Recipe
 from .weights import read_tensors, tensors_bytes
 from .workspace import RunFolder
@@ -88,11 +88,6 @@ class Modalities:
         network, _ = load_network(run.need(run.best, "03_train"), self.network.recipe.encoder.checkpoint)
         self._check_base(network.base_sha256, network.recipe.encoder.bits, run.best)
         self.add(name, network.trained_state(), run.best, network.recipe)
-
-    def parameters(self, name: str) -> int:
-        """How many parameters a modality has of its own: those that its training trains."""
-        parts = sum(p.numel() for module in self._parts[name].values() for p in module.parameters())
-        return parts + sum(p.numel() for key, p in self.network.encoder.named_parameters() if key.endswith(f".{name}.weight") and ".lora_" in key)
 
     def save(self, folder: str | Path) -> None:
         """Each modality as a folder of its name in `folder`."""

@@ -91,8 +91,11 @@ class WMHNet(TrainedNet):
         encoder = build_encoder(replace(recipe.encoder, checkpoint=""), recipe.seed)
         rest = load_checkpoint(encoder, recipe.encoder.checkpoint) if recipe.encoder.checkpoint else {}
         prompts = self.pretext.promptable if self.pretext else None
-        self.started = [name for name, part, prefix in (("channel_adapter", self.channel_adapter, "channel_adapter."), ("decoder", self.decoder, "decoder."),
-                                                        ("skip", self.skip, "skip."), ("prompts", prompts, "")) if part and _start(part, rest, prefix, recipe.encoder.checkpoint)]
+        self.started = []
+        for name, part, prefix in (("channel_adapter", self.channel_adapter, "channel_adapter."), ("decoder", self.decoder, "decoder."),
+                                   ("skip", self.skip, "skip."), ("prompts", prompts, "")):
+            if part and _load_if_all_fit(part, rest, prefix, recipe.encoder.checkpoint):
+                self.started.append(name)
         self.base_sha256 = "" if encoder.pos_embed.is_meta else weights_sha256(encoder)  # no data, where only sizes are counted
         if recipe.encoder.bits == 4:
             from .quantised import quantise  # here, since bitsandbytes is needed for nothing else
@@ -191,9 +194,9 @@ def base_channel_adapter(state: dict[str, Tensor], channels: int, source: str | 
     return adapter
 
 
-def _start(part: nn.Module, rest: dict[str, Tensor], prefix: str, source: str) -> bool:
-    """Whether `part` begins with the weights of the base file `source` under `prefix`, which it does if all of them fit. CheckpointError where they
-    are no weights."""
+def _load_if_all_fit(part: nn.Module, rest: dict[str, Tensor], prefix: str, source: str) -> bool:
+    """Load into `part` its weights in the base file `source` under `prefix` if every tensor is there in its shape; whether it did. CheckpointError where
+    they are no weights."""
     expected = part.state_dict()
     state = {key: rest[prefix + key] for key in expected if prefix + key in rest}
     fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}

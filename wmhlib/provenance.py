@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 
 from . import __version__, bids
-from .errors import InputError
 from .files import is_number, sha256
 from .nifti import need_file
 from .sections import Operating
@@ -42,28 +41,28 @@ def made_of(scan: dict, engine) -> dict:
     return {f"{role}_sha256": sha256(path) if path else "" for role, path in paths.items()}
 
 
-def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict, kind: bids.Kind = bids.WMH) -> bool:
+def is_done(out: Path, name: str, sidecar: dict | None, flair: str, made_with: dict, kind: bids.Kind) -> bool:
     """Whether the results that `sidecar` describes are those of `flair`, made with `made_with`, and every file is whole."""
     folder = bids.paths(out, name, kind)["mask"].parent
     return (sidecar is not None and sidecar["FLAIR"] == flair and sidecar["MadeWith"] == made_with
             and all((folder / file).is_file() and sha256(folder / file) == digest for file, digest in sidecar["Files"].items()))
 
 
-def refuse_edited(out: Path, name: str, sidecar: dict | None, kind: bids.Kind = bids.WMH) -> None:
-    """InputError where the mask that `sidecar` describes was changed by hand since, which would be lost if it were made anew; one that is damaged may be."""
+def is_edited(out: Path, name: str, sidecar: dict | None, kind: bids.Kind) -> bool:
+    """Whether the mask that `sidecar` describes was changed by hand since, which would be lost if it were made anew; one that is damaged was not."""
     path = bids.paths(out, name, kind)["mask"]
     if sidecar is None or not path.is_file() or sidecar["Files"].get(path.name) in (None, sha256(path)):
-        return
+        return False
     try:
         with gzip.open(path) as file:  # whose checksum holds
             while file.read(1 << 24):
                 pass
     except (OSError, EOFError, zlib.error):
-        return
-    raise InputError(f"{path} was changed since it was made: move it elsewhere to have it made anew, or leave the scan out")
+        return False
+    return True
 
 
-def done_before(out: Path, kind: bids.Kind = bids.WMH) -> dict[str, dict]:
+def done_before(out: Path, kind: bids.Kind) -> dict[str, dict]:
     """The sidecars of what was made in `out` before, by the scan's name, their FLAIR as an absolute path."""
     complete = {name: sidecar for name, sidecar in bids.read_sidecars(out, kind).items() if _is_complete(sidecar)}
     return {name: sidecar | {"FLAIR": os.path.normpath(bids.paths(out, name, kind)["mask"].parent / sidecar["FLAIR"])}

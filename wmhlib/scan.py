@@ -26,8 +26,8 @@ class Site:
     flips: tuple[int, int, int]  # direction of each array axis, 1 where it runs to right, anterior, superior
     centre: float  # MNI height of the middle slice
     thickness: tuple[float, float]  # width of the slice profile
-    grey: tuple[float, float]  # grey matter on FLAIR
-    fat: tuple[float, float]  # scalp fat on FLAIR
+    grey: tuple[float, float]  # grey matter on FLAIR, on T1w where that is the main contrast (of strokes)
+    fat: tuple[float, float]  # scalp fat, likewise
     noise: tuple[float, float]  # standard deviation
     blur: tuple[float, float]  # weight of each neighbouring pixel
     bias: float  # log range of the receive field
@@ -100,16 +100,14 @@ class Scan:
 
     def acquire(self) -> Acquisition:
         """The patient as the scanner sees it."""
-        anatomy, brain = self.anatomy(), self.patient.inner
+        anatomy = self.anatomy()
         flair = self.flair(anatomy)
         t1 = self.t1(anatomy)
         mask = (self.pool(anatomy.lesion) >= 0.5).to(torch.uint8)
         mask[self.pool(anatomy.extent) >= 0.5] = 2
-        fluid = (1 - anatomy.grey - anatomy.white) * (brain.to_ventricles < 1)
-        ventricles = (self.pool(fluid) >= 0.5).to(torch.uint8) * (mask == 0)
         keep = self.kept()
         return Acquisition(self.finish(self.image(self.pool(flair), keep)), self.finish(self.image(self.pool(t1), keep)),
-                           self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine())
+                           self.finish(self.around_brain(mask)), self.finish(self.around_brain(self.ventricles(anatomy, mask))), self.affine())
 
     def anatomy(self) -> Anatomy:
         patient, brain = self.patient, self.patient.inner
@@ -118,6 +116,11 @@ class Scan:
         (core, extent), labels = brain.other_pathology(), patient.head()
         core, extent, lesion = core * (grey + white), extent * (grey + white), lesion * (1 - extent)
         return Anatomy(labels, self.grain(labels), labels[brain.box] == CSF, grey, white, lesion, depth, core, extent)
+
+    def ventricles(self, anatomy: Anatomy, mask: torch.Tensor) -> torch.Tensor:
+        """Where slices show the lateral ventricles (uint8) and `mask` nothing."""
+        fluid = (1 - anatomy.grey - anatomy.white) * (self.patient.inner.to_ventricles < 1)
+        return (self.pool(fluid) >= 0.5).to(torch.uint8) * (mask == 0)
 
     def grain(self, labels: torch.Tensor) -> torch.Tensor:
         """Texture of the head's tissues."""

@@ -68,18 +68,17 @@ class RandomScan(Scan):
         self.contrast, self.rng = contrast, rng
 
     def acquire(self) -> Acquisition:
-        anatomy, brain = self.anatomy(), self.patient.inner
+        anatomy = self.anatomy()
         grey, white, lesion = (self.pool(part) for part in (anatomy.grey, anatomy.white, anatomy.lesion))
         mask = (lesion >= self.rng.uniform(0.3, 0.5)).to(torch.uint8)  # raters outline what they see, thinned by thick slices or not
         mask[self.pool(anatomy.extent) >= 0.5] = 2
         keep = self.kept()
         image = self.image(self.pool(self.flair(anatomy)), keep)
-        ventricles = (self.pool((1 - anatomy.grey - anatomy.white) * (brain.to_ventricles < 1)) >= 0.5).to(torch.uint8) * (mask == 0)
         tissue = torch.tensor([0, CSF_LABEL, BONE_LABEL, BONE_LABEL, *[SOFT_LABEL] * 6], dtype=torch.uint8)[
             anatomy.labels[..., self.site.sub // 2 :: self.site.sub].int()]
         inside, matter = self.pool(anatomy.inside.float()) > 0.5, torch.stack([1 - grey - white, grey, white]).argmax(0)
         tissue[self.slices()][inside] = (CSF_LABEL + matter[inside]).to(torch.uint8)
-        return Acquisition(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(ventricles)), self.affine(),
+        return Acquisition(self.finish(image), None, self.finish(self.around_brain(mask)), self.finish(self.around_brain(self.ventricles(anatomy, mask))), self.affine(),
                            self.finish(self.whole(tissue * keep)))
 
     def flair(self, anatomy: Anatomy) -> torch.Tensor:

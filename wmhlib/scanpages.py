@@ -20,7 +20,7 @@ from .viewer import viewer
 _INCHES, _DPI = 1.3, 100  # width of a thumbnail
 
 
-def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Path], index: Path, kind: bids.Kind = bids.WMH) -> str:
+def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Path], index: Path, kind: bids.Kind) -> str:
     """HTML of one scan: figures of `row` (of the table of `derivatives.predict_scans`), overlays and slices of `case` (as
     `derivatives.worth_a_look` gives it), `lesions`, and links to its files (`paths`, by what they are) and to `index`."""
     files = {key: path.name for key, path in paths.items() if key not in ("thumbnail", "page")}
@@ -30,7 +30,7 @@ def scan_page(case: dict, row: dict, lesions: pd.DataFrame, paths: dict[str, Pat
                    lesions=lesions.round(3).to_html(index=False, border=0))
 
 
-def index_page(table: pd.DataFrame, out: Path, kind: bids.Kind = bids.WMH) -> str:
+def index_page(table: pd.DataFrame, out: Path, kind: bids.Kind) -> str:
     """HTML of that `table`: a row a scan with thumbnail, volume and flag, a link to its page; failures with reason."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     for row in rows:

@@ -288,7 +288,7 @@ class Cohort:
 
     synthetic_cases: int = 0  # 0: real data is required
     scanners: str = "challenge"  # its three sites; or each case in a scanner of its own: flair, t1, ct, ultrasound, any, or mixed; vessels: images; stroke: T1w scans
-    scale: float = 1.0  # in-plane voxel size relative to the sites' own, or of a pixel (tests use coarse ones)
+    scale: float = 1.0  # voxel size relative to the sites' own (in the plane of slices; of T1w scans along all axes), or of a pixel; tests use coarse ones
     heads: tuple[str, ...] = ()  # T1w scans of healthy adults, whose brains the cases have by turns with the MNI152's; each is a site
 
     def __post_init__(self):

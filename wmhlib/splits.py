@@ -48,7 +48,7 @@ def split_cases(cohort: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
 
 
 def check_split(split: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
-    """`split` itself, if no subject and no case of it is on two sides, every `split` is "train", "val" or "test", its cases are those of the `cohort` it
+    """`split` itself, if no subject and no case of it is on two sides, every `split` is "train", "val" or "test", its cases are in the `cohort` it
     was made of (case, subject and, if there, the files flair and mask), under the same subjects, and no file serves two sides. Raises InputError
     naming the cases."""
     _need(split, [*_COLUMNS, "split"], "the split", "run notebook 02 again")

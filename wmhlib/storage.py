@@ -105,11 +105,11 @@ def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:04d}.pt"
 
 
-def remove_checkpoints(folder: Path, before: int, but: list[int]) -> None:
-    """Remove those of epochs below `before` with their manifests, `but` for some."""
+def remove_checkpoints(folder: Path, before: int, keep: list[int]) -> None:
+    """Remove those of epochs below `before` with their manifests, except those in `keep`."""
     for name in sorted(_names(folder, _CHECKPOINT), reverse=True):  # .pt before .json
         epoch = int(_CHECKPOINT.fullmatch(name)[1])
-        if epoch < before and epoch not in but:
+        if epoch < before and epoch not in keep:
             (folder / name).unlink(missing_ok=True)
 
 

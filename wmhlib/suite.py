@@ -3,6 +3,7 @@
     python -m wmhlib.suite --preset demo --run runs/demo
     python -m wmhlib.suite report --run runs/demo
     python -m wmhlib.suite evaluate --data folder
+    python -m wmhlib.suite tune --data folder
     python -m wmhlib.suite predict --flair FLAIR.nii.gz --out folder
     python -m wmhlib.suite compare --preset demo --out runs/compare_demo
     python -m wmhlib.suite distill --preset demo --out runs/distill_demo
@@ -35,8 +36,8 @@ _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1", "
 
 
 _MEMORY = {f"MALLOC_{of}_THRESHOLD_": str(1 << 34) for of in ("MMAP", "TRIM")}  # glibc keeps what tensors free, in place of page faults for the next: 1.2 times as fast on a CPU
-_TAKES = {  # what each action does with the options
-    "run": "preset seed run data source medsam overrides", "report": "run", "evaluate": "run data out", "predict": "run flair t1 out",
+_TAKES = {  # the options that each action takes
+    "run": "preset seed run data source medsam overrides", "report": "run", "evaluate": "run data out", "tune": "run data out", "predict": "run flair t1 out",
     "compare": "preset run out overrides share", "distill": "preset run medsam out overrides", "stroke": "preset run out overrides networks folds",
     "benchmark": "run out", "pool": "run out", "notebooks": ""}
 
@@ -61,10 +62,18 @@ def run_suite(run: RunFolder, preset: str, **first) -> None:
 def report(run: RunFolder, data: str = "", out: str = "") -> Path:
     """Notebook 05 again, or with `data` (a folder or CSV of labelled cases) as an evaluation of the run's weights on them, in
     `out` ("": the run's evaluations/<name of data>). Returns its HTML page."""
-    folder = run.evaluation(data, out) if data else run
+    folder = run.elsewhere("evaluations", data, out) if data else run
     print(f"05_report on {data or run.path}", flush=True)
     return _page("05_report", folder.notebooks / "05_report.ipynb",
                  {"preset": run.recipe().name, "run_dir": str(run.path), "data_dir": data, "out_dir": str(folder.path) if data else ""})
+
+
+def tune(run: RunFolder, data: str, out: str = "") -> Path:
+    """Notebook 04 on labelled cases of `data` (a folder or CSV): the weights of `run` with the operating point that suits these, as a run folder, `out`
+    ("": the run's tuned/<name of data>). Returns its HTML page."""
+    folder = run.elsewhere("tuned", data, out)
+    return _page("04_search", folder.notebooks / "04_search.ipynb",
+                 {"preset": run.recipe().name, "run_dir": str(run.path), "data_dir": data, "out_dir": str(folder.path)})
 
 
 def predict(runs: list[RunFolder], flair: str, out: str = "", t1: str = "") -> Path:
@@ -203,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 1 where a WMHError stopped it."""
     parser = argparse.ArgumentParser(prog="python -m wmhlib.suite", description=__doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", default="run", choices=tuple(_TAKES))
-    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for pool several; for predict, where several are an ensemble, and evaluate the weights that come with the suite; "
+    parser.add_argument("--run", default="", help="run folder (default runs/<preset>; for pool several; for predict, where several are an ensemble, evaluate and tune the weights that come with the suite; "
                         "for compare, distill and stroke with a preset that has synthetic cases a folder made for them)")
     parser.add_argument("--preset", default="demo", help="recipe of the run")
     parser.add_argument("--seed", type=int, default=42)
@@ -213,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overrides", default="", help='e.g. "training.epochs=3 skip=false"')
     parser.add_argument("--flair", default="", help="scans to segment: a file, several, or a folder")
     parser.add_argument("--t1", default="", help="its T1, on the same grid")
-    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, compare, distill, stroke or benchmark")
+    parser.add_argument("--out", default="", help="folder for the results of predict, evaluate, tune, compare, distill, stroke or benchmark")
     parser.add_argument("--share", default="1/1", help="for compare: 2/8 does every eighth cell from the second, for eight jobs at once")
     parser.add_argument("--networks", default="", help='for stroke: some of its networks, e.g. "attention mamba"')
     parser.add_argument("--folds", type=int, default=0, help="for stroke: folds to cross-validate the best network in")
@@ -221,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     strange = [f"--{name}" for name, value in vars(given).items() if value != parser.get_default(name) and name not in ("action", *_TAKES[given.action].split())]
     if strange:
         parser.error(f"{given.action} takes no {', '.join(strange)}")
-    run = MINISAM if given.action in ("predict", "evaluate") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
+    run = MINISAM if given.action in ("predict", "evaluate", "tune") and not given.run else RunFolder(given.run or f"runs/{given.preset}")
     start = time.monotonic()
     try:
         if given.action == "notebooks":
@@ -242,6 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"metrics {pool(run_folders(given.run), given.out)}")
         elif given.action == "benchmark":
             print(f"report {benchmark(run, given.out)}")
+        elif given.action == "tune":
+            if not given.data:
+                parser.error("tune needs --data, the labelled cases to choose the operating point on")
+            page = tune(run, given.data, given.out)
+            print(f"run folder {page.parent.parent}\nreport {page}")
         elif given.action in ("report", "evaluate"):
             if given.action == "evaluate" and not given.data:
                 parser.error("evaluate needs --data, the labelled cases to evaluate on")

@@ -22,9 +22,9 @@ Sums = tuple[Tensor, Tensor, Tensor]  # validation loss over the places; of each
 class Slices:
     """Axial slices on the canvas; a place is (case, slice)."""
 
-    one, many, stored = "slice", "slices", "slices"
-    smaller = "inputs.img_size, inputs.context or encoder"
-    batchnorm = True
+    one, many, stored = "slice", "slices", "slices"  # what messages call a place, several, and what is kept on disk
+    smaller = "inputs.img_size, inputs.context or encoder"  # settings to lower where one does not fit
+    batchnorm = True  # of the trained parts
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe

@@ -24,9 +24,9 @@ from .sections import Inputs
 
 AIR, BRIGHTEST = -5.0, 10.0  # range of the normalised intensities
 _COARSE_MM = 4.0  # grid on which the head is found
-_DARKER = 0.25  # of the way from air to bright tissue: by so much some tissue is darker where air lies amid the brain's values (a resampling rings less)
+_DARKER = 0.25  # of the way from air to bright tissue: tissue this much darker than air tells a z-scored scan, whose air is the brain's mean; the undershoot of a resampling is less
 _AIR_PERCENT = 20  # of a scan, at least, are air
-_RINGING = 0.1  # of the brightest tissue: so far below 0 lies the air of a scan that was rescaled around 0; what a resampling or a padding puts there is less of the scan
+_RINGING = 0.1  # of the brightest tissue: where the darkest fifth lies this far below 0, the scan was rescaled around 0; what resampling or padding leaves there is less of the scan
 _TISSUE = (0.15, 0.05)  # tissue is above this share of the brightest; the second where fat outshines the brain so far that the first finds only a shell
 _SHELL_MM = 18.0  # scalp, skull and subarachnoid space below the head's surface
 _MARGIN_MM = 12.0  # of brain around that inner part

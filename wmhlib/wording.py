@@ -27,7 +27,7 @@ def of_strokes(text: str) -> str:
 
 def words(data: str) -> Callable[[str], str]:
     """What turns a text into one on `data`, as `cohort.describe` names it: `of_images`, `of_strokes`, or str, which leaves it as it is."""
-    return of_images if data in ("images", "synthetic images") else of_strokes if "T1w" in data else str
+    return of_images if data in ("images", "synthetic images") else of_strokes if "T1w scan" in data else str
 
 
 def figure_in(figure: Figure, word: Callable[[str], str]) -> Figure:

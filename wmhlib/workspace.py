@@ -142,10 +142,10 @@ class RunFolder:
             raise CheckpointError(f"{self.operating_point} was chosen with other weights than {self.best}: run notebook 04_search again")
         return point
 
-    def evaluation(self, data: str | Path, out: str | Path = "", root: str = "runs") -> RunFolder:
-        """The folder of an evaluation of this run on the cases of `data`: `out`, or evaluations/<name of the folder or table> in `results`."""
+    def elsewhere(self, what: str, data: str | Path, out: str | Path = "", root: str = "runs") -> RunFolder:
+        """The folder of what is done with this run on the cases of `data`: `out`, or `what`/<name of the folder or table> in `results`."""
         data = Path(data).expanduser().absolute()
-        return RunFolder(out or self.results(root) / "evaluations" / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
+        return RunFolder(out or self.results(root) / what / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
 
     def take_cases(self, run: RunFolder) -> RunFolder:
         """Gives this folder the cohort and the split of `run`. Raises InputError where it has others."""
@@ -162,8 +162,8 @@ class RunFolder:
 
     def write_manifest(self) -> Path:
         """manifest.json: versions, commit (null outside git), seed and the sha256 of each file but those of notebooks, data (cohort.csv has
-        the scans' digests), evaluations, derivatives, TensorBoard and few-shot runs."""
-        others = (self.notebooks, *(self.path / name for name in ("data", "evaluations", "derivatives", "tensorboard", "fewshot")))
+        the scans' digests), evaluations, tuned, derivatives, TensorBoard and few-shot runs."""
+        others = (self.notebooks, *(self.path / name for name in ("data", "evaluations", "tuned", "derivatives", "tensorboard", "fewshot")))
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
                        and p != self.manifest and not any(folder in p.parents for folder in others))
         content = {

@@ -130,8 +130,8 @@ def claims(encoders: dict[str, Encoder], pairs: list[tuple[str, Subject]], repet
     asked = {(name, s): Subject(name, encoders[name], s.px, "fp32" if s.precision == "fp32" or not native else "bf16", s.batch)
              for name, s in pairs if native or s.precision != "bf16"}
     order = list(encoders)
-    own = sorted(dict.fromkeys(asked.values()), key=lambda s: (order.index(s.name), s.px, s.precision != "fp32"))
-    lines = [("", s) for s in own] + list(asked)
+    teachers = sorted(dict.fromkeys(asked.values()), key=lambda s: (order.index(s.name), s.px, s.precision != "fp32"))
+    lines = [("", s) for s in teachers] + list(asked)
     subjects = list(dict.fromkeys(s for _, s in lines))
     if progress:
         print(f"{len(subjects)} encoders in turns on {device}, {repetitions} times", flush=True)

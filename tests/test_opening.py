@@ -2,7 +2,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from wmhlib import cohort, download
+from wmhlib import cohort, opening
 from wmhlib.errors import InputError
 from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.presets import preset
@@ -32,15 +32,15 @@ def trained(tiny_nifti, tmp_path):
 
 
 def test_an_evaluation_has_a_folder_of_its_own_where_all_is_test(trained, tmp_path):
-    folder = download.open_evaluation(trained, str(tmp_path / "others"))
+    folder = opening.open_evaluation(trained, str(tmp_path / "others"))
     assert folder.path == trained.path / "evaluations" / "others" and folder.recipe() == trained.recipe()
     assert folder.cases()[["case", "split", "origin"]].values.tolist() == [["B_8", "test", "real"]]
-    assert trained.evaluation("/x/site.v2/cases.csv").path.name == "site.v2_cases", "two tables of one name do not meet"
+    assert trained.elsewhere("evaluations", "/x/site.v2/cases.csv").path.name == "site.v2_cases", "two tables of one name do not meet"
 
 
 def test_no_scan_is_evaluated_that_was_trained_on_whatever_its_file(trained, tmp_path):
     with pytest.raises(InputError, match=r"1 cases of .*copied were used to train"):
-        download.open_evaluation(trained, str(tmp_path / "copied"))
+        opening.open_evaluation(trained, str(tmp_path / "copied"))
     assert not (trained.path / "evaluations").exists()
 
 
@@ -48,16 +48,16 @@ def test_an_evaluation_writes_over_no_run_and_no_other_evaluation(trained, tmp_p
     write_atomic(trained.best, "weights")
     before = trained.cohort_csv.read_bytes()
     with pytest.raises(InputError, match="holds a run"):
-        download.open_evaluation(trained, str(tmp_path / "others"), str(trained.path))
+        opening.open_evaluation(trained, str(tmp_path / "others"), str(trained.path))
     assert trained.cohort_csv.read_bytes() == before
     out = RunFolder(tmp_path / "out").open(preset("smoke"))
     write_table(read_table(trained.cohort_csv), out.cohort_csv)
     with pytest.raises(InputError, match="evaluation of other cases"):
-        download.open_evaluation(trained, str(tmp_path / "others"), str(out.path))
+        opening.open_evaluation(trained, str(tmp_path / "others"), str(out.path))
 
 
 def test_without_data_a_run_is_evaluated_on_its_own_test_cases_and_shipped_weights_want_some(trained, tmp_path):
-    assert download.open_evaluation(trained, "") is trained
+    assert opening.open_evaluation(trained, "") is trained
     with pytest.raises(InputError, match="name labelled cases"):
-        download.open_evaluation(MINISAM, "")
-    assert download.open_evaluation(MINISAM, str(tmp_path / "others"), root=str(tmp_path)).path == tmp_path / "minisam" / "evaluations" / "others"
+        opening.open_evaluation(MINISAM, "")
+    assert opening.open_evaluation(MINISAM, str(tmp_path / "others"), root=str(tmp_path)).path == tmp_path / "minisam" / "evaluations" / "others"
