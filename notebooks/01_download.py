@@ -19,8 +19,8 @@
 # # 1 · Data and recipe
 #
 # Opens a run folder, brings in the cases and checks every one of them. Writes `recipe.json`, `cohort.csv` and, where cases are synthetic or fetched, `data/`.
-# The presets demo, flair, base, vessels, stroke-demo, smoke and stroke-smoke make a synthetic cohort of their own unless you name data; the others take your scans, the
-# Kaggle mirror or DataverseNL. The preset `vessels` takes
+# The presets demo, flair, base, vessels, stroke-demo, smoke and stroke-smoke make a synthetic cohort of their own unless you name data; `colab`, `lean` and `original` take
+# your scans, the Kaggle mirror or DataverseNL, `stroke` your T1w scans. The preset `vessels` takes
 # images that are no scans: a folder with `images/`, `masks/` and `data_split.csv`; `stroke` takes T1w scans with masks of stroke lesions, as
 # ATLAS v2.0 lays them out (`R001/sub-*/ses-1/anat/*_T1w.nii.gz`). How your scans may lie in folders, and what BIDS masks are called:
 # [Your data](https://github.com/wmh-lora/wmh-lora#your-data).

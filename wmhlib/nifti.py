@@ -46,7 +46,7 @@ def load_volume(path: str | Path) -> Volume:
     image, data = _read(path)
     if not np.isfinite(data).all():
         raise InputError(f"{path} holds {np.count_nonzero(~np.isfinite(data))} voxels that are NaN or infinite: "
-                         "mend it or export the scan again")
+                         "put 0 there ('fslmaths in -nan out' does for NaN) or export the scan again")
     if data.min() == data.max():
         raise InputError(f"{path} is constant (every voxel is {data.flat[0]:g}): expected a scan")
     if max(-data.min(), data.max()) > _GRAY:
