@@ -64,7 +64,9 @@ from wmhlib.workspace import MINISAM, RunFolder
 pd.set_option("display.max_rows", None, "display.max_colwidth", None)
 run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
 recipe = run.recipe(preset or None)
+run.need(run.history_csv, "03_train")
 run.need(run.operating_point, "04_search")
+run.need(run.figures / "search_heatmap.png", "04_search")
 engine = WMHInferenceEngine.from_run(run)
 out = opening.open_evaluation(run, data_dir, out_dir, root)
 

@@ -8,7 +8,7 @@ import torch
 
 from wmhlib.batches import with_context
 from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
-from wmhlib.errors import CheckpointError, MissingStepError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError
 from wmhlib.files import write_atomic, write_table
 from wmhlib.network import WMHNet, load_network
 from wmhlib.phantom import write_cohort
@@ -109,6 +109,13 @@ def test_probabilities_stay_between_0_and_1_where_the_network_is_certain(cohort,
     monkeypatch.setattr(engine, "_logits", lambda batch: torch.full((len(batch), 1, 512, 512), 40.0))
     prob = engine.predict(load_case(cohort.flair[0], inputs=engine.recipe.inputs), use_tta=False).prob
     assert prob.max() == 1 and prob.min() == 0
+
+
+def test_probabilities_that_are_no_numbers_are_an_error_and_no_empty_mask(cohort, monkeypatch):
+    engine = WMHInferenceEngine(network())
+    monkeypatch.setattr(engine, "_logits", lambda batch: torch.full_like(batch[:, :1], torch.nan))
+    with pytest.raises(InputError, match="no numbers"):
+        engine.predict(load_case(cohort.flair[0], inputs=engine.recipe.inputs))
 
 
 def test_inference_weights_give_what_the_trained_network_gives():

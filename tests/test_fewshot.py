@@ -19,7 +19,7 @@ OVERRIDES = ""
 SHORT = "training.epochs=2 training.validate_epochs=2 training.checkpoint_epochs=2 training.warmup_epochs=1"
 
 
-def test_every_point_is_trained_once_and_scored(new_run, monkeypatch):
+def test_every_point_is_trained_once_and_scored(new_run, monkeypatch, capsys):
     run, trained = new_run("run"), []
     monkeypatch.setattr(fewshot, "fit", lambda point, progress: trained.append(point.recipe()) or fit(point, progress))
     monkeypatch.setattr(fewshot.WMHInferenceEngine, "plain_mask", lambda engine, case: (case.mask > 0) & (engine.recipe == trained[-1]))
@@ -28,8 +28,8 @@ def test_every_point_is_trained_once_and_scored(new_run, monkeypatch):
     assert table[["system", "slices", "seed"]].to_numpy().tolist() == [["few-shot", 3, 0]]
     assert table[["val_dice", "test_dice"]].to_numpy().tolist() == [[1, 1]], "of the point's own network"
     pd.testing.assert_frame_equal(read_table(run.path / "fewshot" / "fewshot.csv"), table, rtol=1e-5, check_dtype=False)
-    more = fewshot.curve(run, (3,), (0, 1), SHORT)
-    assert len(trained) == 2 and trained[1].seed == 1, "what is finished is read"
+    more = fewshot.curve(run, (3, 9999), (0, 1), SHORT)
+    assert "left out: 9999 slices" in capsys.readouterr().out and len(trained) == 2 and trained[1].seed == 1, "what is finished is read"
     pd.testing.assert_frame_equal(more[more.seed == 0].reset_index(drop=True), table)
     with pytest.raises(RecipeError, match="training.epochs is 2 there"):
         fewshot.curve(run, (3,), (0,), SHORT.replace("epochs=2", "epochs=3"))

@@ -225,7 +225,8 @@ def test_the_split_that_a_run_was_trained_on_stays(tmp_path, capsys):
     run.checkpoints.mkdir()
     assert splits.deal(run, cases).split.tolist() == edited.split.tolist() and "was trained on it" in capsys.readouterr().out
     write_table(edited.assign(split="none"), run.split_csv)
-    assert splits.deal(run, cases).equals(dealt)
+    with pytest.raises(InputError, match="expected train, val or test"):
+        splits.deal(run, cases)
 
 
 @pytest.mark.parametrize("role", ["flair", "mask"])

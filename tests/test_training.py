@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -95,14 +96,13 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_an_uninterrupted_one(new
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(new_run, capsys):
-    whole, damaged = new_run("whole"), new_run("damaged")
-    training.fit(whole, progress=False)
-    training.fit(damaged, progress=False)
-    newest = newest_checkpoint(damaged)
+    run = new_run("run")
+    training.fit(run, progress=False)
+    whole, newest = outcome(run), newest_checkpoint(run)
     newest.write_bytes(newest.read_bytes()[:5000])
-    training.fit(damaged, progress=False)
+    training.fit(run, progress=False)
     assert newest.name in capsys.readouterr().out
-    assert_same(outcome(whole), outcome(damaged))
+    assert_same(whole, outcome(run))
 
 
 def test_a_checkpoint_of_another_program_is_named_and_passed_over(new_run, capsys):
@@ -296,6 +296,23 @@ def test_a_session_whose_run_another_has_taken_over_stops_and_leaves_its_files(n
     assert len(training.fit(run, progress=False)) == 4 and not run.session.exists()
 
 
+def test_a_session_that_ends_before_it_trains_stops_no_other(new_run, monkeypatch):
+    run, train_epoch = new_run("run", "inputs.img_size=32 training.epochs=2"), training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", lambda *arguments: Keeper(run).close() or train_epoch(*arguments))
+    assert len(training.fit(run, progress=False)) == 2
+
+
+def test_weights_whose_checkpoints_are_gone_are_not_trained_over(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=2 training.checkpoint_epochs=1")
+    history, best = training.fit(run, progress=False), run.best.read_bytes()
+    shutil.rmtree(run.checkpoints)
+    pd.testing.assert_frame_equal(training.fit(run, progress=False), history, rtol=1e-4, check_dtype=False)
+    write_table(history[:1], run.history_csv)
+    with pytest.raises(CheckpointError, match="no checkpoint of its training"):
+        training.fit(run, progress=False)
+    assert run.best.read_bytes() == best and len(read_table(run.history_csv)) == 1
+
+
 def test_an_operating_point_does_not_outlive_its_weights(new_run):
     run = new_run("run", "inputs.img_size=32 training.epochs=1")
     training.fit(run, progress=False)
@@ -337,8 +354,8 @@ def test_early_stopping_counts_validated_epochs():
     assert training._finished([{}] * 4 + [{"val_dice": 0.5}] + [{}] * 4 + [{"val_dice": 0.4}], settings)
 
 
-def test_cases_without_lesions_and_without_other_slices_name_the_setting(new_run):
-    run = new_run("run", "inputs.img_size=32 training.epochs=1 training.val_negatives=0.0")
+def test_validation_cases_without_a_lesion_which_could_choose_nothing_are_refused_before_training(new_run):
+    run = new_run("run", "inputs.img_size=32 training.epochs=1")
     cohort = read_table(run.cohort_csv)
     for path in cohort["mask"][cohort["case"].isin(read_table(run.split_csv).query("split == 'val'").case)]:
         empty = nibabel.load(path)
@@ -346,5 +363,5 @@ def test_cases_without_lesions_and_without_other_slices_name_the_setting(new_run
         nibabel.save(nibabel.Nifti1Image(0 * np.asarray(empty.dataobj), empty.affine), copy)
         cohort.loc[cohort["mask"] == path, "mask"] = str(copy)
     write_table(cohort, run.cohort_csv)
-    with pytest.raises(InputError, match="training.val_negatives is 0"):
+    with pytest.raises(InputError, match="no validation case has a lesion"):
         training.fit(run, progress=False)

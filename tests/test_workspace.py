@@ -12,7 +12,7 @@ from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.files import atomic, read_table, write_atomic, write_table
 from wmhlib.naming import natural
 from wmhlib.presets import preset
-from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, stable_seed
+from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, same_split, stable_seed
 
 
 @pytest.fixture
@@ -67,11 +67,27 @@ def test_scans_and_masks_that_trained_or_chose_do_not_change_below_weights(run):
     for column in ("digest", "mask_digest"):
         with pytest.raises(InputError, match="trained when b had other scans or masks"):
             run.write_cases(cases.assign(**{column: [cases[column][0], "8", "9"]}))
-    with pytest.raises(InputError, match="trained with b, which is not among"):
-        run.write_cases(cases.query("case != 'b'"))
+    for name in "bt":  # a test case too, without which the split is another
+        with pytest.raises(InputError, match=f"trained with {name} in its split, which is not among"):
+            run.write_cases(cases.query("case != @name"))
     more = pd.concat([cases.assign(mask_digest=["4", "5", "9"]), cases.tail(1).assign(case="new")], ignore_index=True)
     run.write_cases(more)
     assert read_table(run.cohort_csv).equals(more)
+
+
+def test_cases_are_those_of_another_run_whatever_their_order_and_place(run, tmp_path):
+    columns = ["case", "subject", "site", "flair", "t1", "mask", "digest", "mask_digest", "warnings"]
+    cases = pd.DataFrame([[name, name, "A", f"{name}.nii", "", "m.nii", name, name, ""] for name in "abc"], columns=columns)
+    write_table(cases, run.cohort_csv)
+    write_table(pd.DataFrame({"case": list("abc"), "split": ["train", "val", "test"]}), run.split_csv)
+    cell, split = RunFolder(tmp_path / "cell").take_cases(run), run.split_text()
+    write_table(cases[::-1].assign(flair="moved.nii", warnings="odd"), run.cohort_csv)
+    assert run.split_text() != split and same_split(run.split_text(), split)
+    assert cell.take_cases(run).cases().flair.unique().tolist() == ["moved.nii"]
+    write_table(cases.assign(digest="other"), run.cohort_csv)
+    with pytest.raises(InputError, match="cohort.csv is not that of"):
+        cell.take_cases(run)
+    assert run.elsewhere("evaluations", f"{tmp_path}/data/..").path == run.path / "evaluations" / tmp_path.name, "never the run itself"
 
 
 def test_results_of_the_shipped_weights_never_lie_among_them(monkeypatch):

@@ -47,7 +47,7 @@ class Keeper:
         self.source: Path | None = None  # the file that `newest` took
         self._say = say or (lambda text: print(text, flush=True))
         self._whole: set[Path] = set()  # checkpoints seen to be good
-        self._token, self._held = secrets.token_bytes(8), False
+        self._token, self._before, self._held = secrets.token_bytes(8), b"", False
         for folder in (run.path, self.local):
             storage.sweep(folder)
             storage.sweep(folder / run.checkpoints.name)
@@ -79,6 +79,8 @@ class Keeper:
 
     def claim(self) -> None:
         """Makes the run that of this process: another that still trains it stops in its next `hold`."""
+        with contextlib.suppress(OSError):
+            self._before = self.run.session.read_bytes()  # may lie there until ours arrives
         self.write(self.run.session, self._token)
 
     def hold(self) -> None:
@@ -87,7 +89,7 @@ class Keeper:
             there = self.run.session.read_bytes() if self.run.session.exists() else b""
             ended = not there and self._held and any(self.run.path.iterdir())  # another claimed it and is done
             self._held = there == self._token
-            if ended or there and not self._held:
+            if ended or there not in (b"", self._token, self._before):
                 raise CheckpointError(f"another session goes on with the training in {self.run.path}: this one stops and leaves it the folder. "
                                       "To train anew beside it, choose another run folder")
 
@@ -119,7 +121,7 @@ class Keeper:
                 continue
             if differing:
                 raise CheckpointError(f"checkpoint {path} belongs to another {' and '.join(differing)}: choose another run folder, "
-                                      "or delete the checkpoints of this one to train again")
+                                      "or delete checkpoints and weights of this one to train again")
             self.source = path
             self._whole.add(path)
             return state

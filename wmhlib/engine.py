@@ -24,7 +24,7 @@ from .sections import Inputs
 from .trained import TrainedNet
 from .uncertainty import case_uncertainty
 from .volumes import Case, brain_slices, case_canvas, load_case
-from .workspace import RunFolder
+from .workspace import RunFolder, same_split
 
 # The views of test-time augmentation as (quarter turns, mirrored, degrees, zoom): none, left-right, both flips, all of D4; and upright heads, mirrored or
 # not, tilted and of other sizes.
@@ -38,13 +38,18 @@ VIEWS = {1: ((0, False),), 2: ((0, False), (0, True)), 4: tuple((turns, flip) fo
 class Prediction:
     """A case and its maps on the scan's own grid, float32 H x W x D: the probability of the plain view and its mean
     over all views (TTA; without it the plain view again). `skipped`: how many slices were not looked at, since they show no brain or lie outside
-    the box of a network of volumes. `members`: of an ensemble, how unsure each member is."""
+    the box of a network of volumes. `members`: of an ensemble, how unsure each member is. Raises InputError where a probability is no number."""
 
     case: Case
     prob: np.ndarray
     prob_tta: np.ndarray
     skipped: int
     members: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not np.isfinite(self.prob_tta).all():
+            raise InputError(f"{self.case.volume.path} got probabilities that are no numbers, as fp16 gives where values grow large: predict it on a processor, "
+                             "or on a GPU with bf16")
 
     @property
     def uncertainty(self) -> float:
@@ -78,7 +83,7 @@ class WMHInferenceEngine:
         chosen with other weights."""
         run = run if isinstance(run, RunFolder) else RunFolder(run)
         model, split = load_network(run.need(run.best, "03_train"), run.recipe().encoder.checkpoint)
-        if run.split_csv.exists() and split and split != run.split_text():
+        if run.split_csv.exists() and split and not same_split(split, run.split_text()):
             raise CheckpointError(f"{run.best} was trained on another split than {run.split_csv} has now: its test cases may have "
                                   "been seen. Use another run folder, or delete checkpoints and weights of this one and train again")
         model.recipe = replace(model.recipe, operating=run.recipe().operating)

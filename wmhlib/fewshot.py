@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from .batches import draw_slices
 from .engine import WMHInferenceEngine, plain_dice
 from .evaluation import ZERO_SHOT
 from .figures import BLUE, LEGEND, ORANGE, POINTS, page
@@ -21,6 +21,7 @@ from .files import read_json, sha256, write_atomic, write_table
 from .network import WMHNet
 from .prompting import open_base
 from .settings import Recipe
+from .slicestore import load_slices
 from .training import fit
 from .volumes import Case
 from .workspace import RunFolder
@@ -42,14 +43,18 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
     Returns a row each: `system` ("few-shot"), `slices`, `seed`, `val_dice` and `test_dice`, the mean over cases of the Dice of the whole
     scan, one view at 0.5 (the epoch is chosen on validation cases; the test cases choose nothing). Levels to compare with follow, as far
     as there are any, with 0 slices: "zero-shot, true boxes" of a base that answers prompts, "no adaptation" of one that brings a decoder,
-    and "all slices", the trained `run` itself. Written as fewshot.csv into `folder`. Raises RecipeError where `folder` holds points of
+    and "all slices", the trained `run` itself. More slices than the training cases have are left out, which is printed. Written as fewshot.csv into `folder`. Raises RecipeError where `folder` holds points of
     another recipe, InputError where of other cases.
     """
-    folder, recipe, rows = Path(folder or run.path / "fewshot"), run.recipe(), []
+    folder, recipe, rows, counts, seeds = Path(folder or run.path / "fewshot"), run.recipe(), [], tuple(counts), tuple(seeds)
     split, network = run.split_text(), WMHNet(recipe)
     if "decoder" in network.started:
         overrides = f"training.lr={recipe.training.lr / 10} {overrides}"
-    for count, seed in tqdm(list(itertools.product(counts, seeds)), "few-shot runs", mininterval=5):
+    train = load_slices(run.cases().query("split == 'train'"), recipe.inputs, progress=False)
+    there = len(draw_slices(train, few_slices_recipe(recipe, 1, 0, overrides).training.train_negatives, 0))
+    if more := [count for count in counts if count > there]:
+        print(f"left out: {', '.join(map(str, more))} slices, of which the training cases have {there}", flush=True)
+    for count, seed in tqdm([(count, seed) for count in counts if count <= there for seed in seeds], "few-shot runs", mininterval=5):
         point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides)).take_cases(run)
         scores = _kept(point.path / "scores.json", split, partial(_trained, point))
         rows.append(dict(system=FEW, slices=count, seed=seed) | scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import numpy as np
@@ -71,15 +70,14 @@ def check_split(split: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
 
 
 def deal(run: RunFolder, cases: pd.DataFrame) -> pd.DataFrame:
-    """The split of `cases` by the recipe of `run`, kept in split.csv. A sound split that weights or checkpoints of the run were made with stays as it is,
-    though another was dealt, or it was changed by hand; that is said."""
+    """The split of `cases` by the recipe of `run`, kept in split.csv. The split that weights or checkpoints of the run were made with stays as it is,
+    though another was dealt, or it was changed by hand; that is said, and InputError raised where it is not sound (`check_split`)."""
     split = split_cases(cases, run.recipe())
     if run.split_csv.exists() and (run.best.exists() or run.checkpoints.exists()):
-        with contextlib.suppress(InputError):
-            kept = check_split(read_table(run.split_csv), cases)
-            if table_bytes(kept) != table_bytes(split):
-                print(f"{run.split_csv} is not what these cases are dealt now, and stays: the run was trained on it", flush=True)
-            return kept
+        kept = check_split(read_table(run.split_csv), cases)
+        if table_bytes(kept) != table_bytes(split):
+            print(f"{run.split_csv} is not what these cases are dealt now, and stays: the run was trained on it", flush=True)
+        return kept
     write_table(split, run.split_csv)
     return split
 

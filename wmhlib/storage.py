@@ -25,7 +25,7 @@ from .workspace import RunFolder
 
 _FORMAT = 2
 _CHECKPOINT = re.compile(r"epoch_(\d{4,9})\.(pt|json)")
-_TEMPORARY = re.compile(r"\.session|\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors|earlier\.csv|failed_batch\.safetensors|student\.safetensors|embeddings\.npy|\.session)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}-(epoch_\d{4,9}\.(pt|json)|history\.csv|best\.safetensors|earlier\.csv|failed_batch\.safetensors|student\.safetensors|embeddings\.npy|\.session)")
 _REMOTE = ("fuse.", "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs")
 
 

@@ -46,13 +46,11 @@ class Slices:
         return draw_slices(cases, training.train_negatives, stable_seed(seed, "slices", epoch))
 
     def validation_places(self, train: list[CaseSlices], val: list[CaseSlices]) -> list[tuple[int, int]]:
-        """What every validation looks at. Raises InputError where there is nothing for it, or to train on."""
-        training = self.recipe.training
-        places = draw_slices(val, training.val_negatives, self.recipe.seed)
-        for slices, part, setting in ((draw_slices(train, training.train_negatives, 0), "train", "train_negatives"), (places, "val", "val_negatives")):
-            if not slices:
-                raise InputError(f"the {part} cases have no slice with a lesion, and training.{setting} is 0: add cases with lesions, or raise it")
-        return places
+        """What every validation looks at. Raises InputError where no case has a lesion there, or to train on."""
+        for part, cases in (("training", train), ("validation", val)):
+            if not any(len(case.lesions()) for case in cases):
+                raise InputError(f"no {part} case has a lesion: add cases with lesions, or split these otherwise, in another run folder (seed, split.val)")
+        return draw_slices(val, self.recipe.training.val_negatives, self.recipe.seed)
 
     def batch(self, cases: list[CaseSlices], places: list[tuple[int, int]], device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images and labels of a micro-batch on `device`, changed at random."""

@@ -40,7 +40,7 @@ from .sections import SHIPPED, Training
 from .settings import Recipe
 from .splits import check_split, tell_unused
 from .trained import read_weights, weights_bytes
-from .workspace import MINISAM, RunFolder
+from .workspace import MINISAM, RunFolder, same_split
 
 _STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "random", "best")
 
@@ -105,8 +105,6 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     history, best = _resume(job, origin, progress)
     if _finished(history, settings):
         return history
-    if keeper:
-        keeper.claim()
     if not history:
         if keeper:
             _drop(run.earlier_csv)
@@ -116,6 +114,8 @@ def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     sites = cases[cases.split == "val"].site.tolist()
     places = job.task.validation_places(train, val)
     with _fitted(job, sum(c.images.nbytes + c.labels.nbytes for c in train + val), len(history) + 1, progress) as monitor:
+        if keeper:
+            keeper.claim()
         while not _finished(history, settings):
             epoch = len(history) + 1
             row, drawn = train_epoch(job, monitor, train, epoch, [row["train_loss"] for row in history])
@@ -156,7 +156,7 @@ def _start(job: Job, progress: bool) -> None:
     if (theirs.adapter.method, theirs.encoder.bits) != (mine.adapter.method, mine.encoder.bits):
         raise CheckpointError(f"training.start: {start.best} has adapter.method={theirs.adapter.method} and encoder.bits={theirs.encoder.bits}, this run "
                               f"{mine.adapter.method} and {mine.encoder.bits}: start from a run of the same")
-    if origin.get("split") and origin["split"] != start.split_text():
+    if origin.get("split") and not same_split(origin["split"], start.split_text()):
         raise CheckpointError(f"training.start: {start.best} was trained on another split than {start.split_csv} has now: what it has seen is not known")
     cases, seen = job.run.scans(), start.seen()
     chose = set(start.scans().query("split == 'val'").digest) - set(start.earlier().digest)  # and may again, but not test
@@ -209,11 +209,15 @@ def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -
 
 
 def _differing(state: dict, origin: dict[str, str]) -> list[str]:
-    """What of `origin` is another in a checkpoint; where the base lies, which its sha256 tells, where training started,
-    and settings that came later do not count.
-    KeyError for a file that lacks something, which is not ours."""
-    there = {name: state[name] for name in _STATE}["origin"]
-    return [name for name in origin if (_placeless(there[name]) != _placeless(origin[name]) if name == "recipe" else there[name] != origin[name])]
+    """What of `origin` is another in a checkpoint. KeyError for a file that lacks something, which is not ours."""
+    return _unlike({name: state[name] for name in _STATE}["origin"], origin)
+
+
+def _unlike(there: dict[str, str], origin: dict[str, str]) -> list[str]:
+    """What of `origin` is another `there`; where the base lies, which its sha256 tells, where training started, the order of a split, and settings that
+    came later do not count."""
+    alike = {"recipe": lambda one, other: _placeless(one) == _placeless(other), "split": same_split}
+    return [name for name in origin if not alike.get(name, str.__eq__)(there[name], origin[name])]
 
 
 def _placeless(recipe: str) -> Recipe:
@@ -231,9 +235,13 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     keeper, state = job.keeper, None
     if keeper:
         state = keeper.newest(lambda state: _differing(state, origin))
+        if state is None:
+            state = _ended(job, origin)
     state = from_main(job.accelerator, state)
     if state is None:
         return [], b""
+    if "network" not in state:
+        return state["history"], b""
     job.network.load_trained_state(state["network"], keeper.source if keeper else "checkpoint")
     job.optimizer.load_state_dict(state["optimizer"])
     job.average.load(state["average"])
@@ -250,6 +258,22 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     if progress:
         print(f"going on from {keeper.source.name}", flush=True)
     return state["history"], best
+
+
+def _ended(job: Job, origin: dict[str, str]) -> dict | None:
+    """Of a run without checkpoints: its history, where it is done; None where it has not come as far as its first checkpoint. Else CheckpointError, since
+    training would begin anew over weights that are there."""
+    run, settings = job.run, job.recipe.training
+    if not run.best.exists() or not run.history_csv.exists():
+        return None
+    history = read_table(run.history_csv).to_dict("records")
+    done = _finished(history, settings)
+    if done and not _unlike({"split": ""} | read_weights(run.best)[1], origin):
+        return {"history": history}
+    if done or len(history) >= settings.checkpoint_epochs:
+        raise CheckpointError(f"{run.best} is there, but no checkpoint of its training that can be used: put {run.checkpoints} back, choose another run folder, "
+                              f"or delete {run.best.name} and {run.history_csv.name} to train anew")
+    return None
 
 
 if __name__ == "__main__":

@@ -83,15 +83,15 @@ class RunFolder:
         return recipe
 
     def write_cases(self, cases: pd.DataFrame) -> None:
-        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints, which trained or chose on cases that are not among these or had
-        other scans or masks."""
+        """Writes cohort.csv. Raises InputError where the run has weights or checkpoints, and cases of its split are not among these, or those that trained or
+        chose had other scans or masks."""
         if self.cohort_csv.exists() and self.split_csv.exists() and (self.best.exists() or self.checkpoints.exists()):
             known = ["digest", "mask_digest"]
-            before = self.cases().query("split != 'test'").reindex(columns=["case", *known]).fillna("")
+            before = self.cases().reindex(columns=["case", "split", *known]).fillna("")
             gone = before.case[~before.case.isin(cases["case"])]
             if len(gone):
-                raise InputError(f"{self.path} was trained with {some(gone)}, which is not among these cases: choose another run folder")
-            both = cases.merge(before, on="case", suffixes=("", "_then"))
+                raise InputError(f"{self.path} was trained with {some(gone)} in its split, which is not among these cases: put it back, or choose another run folder")
+            both = cases.merge(before[before.split != "test"], on="case", suffixes=("", "_then"))
             changed = both.case[sum(both[f"{name}_then"].ne("") & both[name].ne(both[f"{name}_then"]) for name in known) > 0]
             if len(changed):
                 raise InputError(f"{self.path} was trained when {some(changed)} had other scans or masks: choose another run folder, or delete "
@@ -144,20 +144,22 @@ class RunFolder:
 
     def elsewhere(self, what: str, data: str | Path, out: str | Path = "", root: str = "runs") -> RunFolder:
         """The folder of what is done with this run on the cases of `data`: `out`, or `what`/<name of the folder or table> in `results`."""
-        data = Path(data).expanduser().absolute()
+        data = Path(os.path.abspath(Path(data).expanduser()))
         return RunFolder(out or self.results(root) / what / (data.name if data.is_dir() else f"{data.parent.name}_{data.stem}"))
 
     def take_cases(self, run: RunFolder) -> RunFolder:
-        """Gives this folder the cohort and the split of `run`. Raises InputError where it has others."""
-        for theirs, ours in ((run.cohort_csv, self.cohort_csv), (run.split_csv, self.split_csv)):
-            table = table_bytes(read_table(theirs))
-            if ours.exists() and ours.read_bytes() != table:
+        """Gives this folder the cohort and the split of `run`. Raises InputError where it has others: other cases, scans, masks or sides."""
+        used = read_table(run.split_csv)["case"]
+        for theirs, ours, columns in ((run.split_csv, self.split_csv, ["case", "split"]), (run.cohort_csv, self.cohort_csv, ["case", "subject", "site", "digest", "mask_digest"])):
+            tables = [read_table(path) for path in (theirs, ours) if path.exists()]
+            one, *other = [table[table["case"].isin(used) | ("split" in columns)].reindex(columns=columns).sort_values("case").fillna("").values.tolist() for table in tables]
+            if other and other != [one]:
                 raise InputError(f"{ours} is not that of {theirs}: choose another folder")
-            write_atomic(ours, table)
+            write_atomic(ours, table_bytes(tables[0]))
         return self
 
     def split_text(self) -> str:
-        """Which case is on which side of the split, as weights and checkpoints remember it."""
+        """Which case is on which side of the split, as weights and checkpoints remember it (`same_split`)."""
         return self.cases()[["case", "split"]].to_csv(index=False)
 
     def write_manifest(self) -> Path:
@@ -174,6 +176,11 @@ class RunFolder:
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
         return self.manifest
+
+
+def same_split(one: str, other: str) -> bool:
+    """Whether two `split_text` put the same cases on the same sides, in whatever order."""
+    return sorted(one.splitlines()) == sorted(other.splitlines())
 
 
 def split_paths(text: str | Path) -> list[Path]:
