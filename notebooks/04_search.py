@@ -54,7 +54,7 @@ import json
 
 from wmhlib import cohort, figures, opening, report, search
 from wmhlib.engine import WMHInferenceEngine
-from wmhlib.files import read_table, write_atomic, write_table
+from wmhlib.files import write_atomic, write_table
 from wmhlib.workspace import MINISAM, RunFolder
 
 run = RunFolder(run_dir or f"{root}/{preset}") if run_dir or preset else MINISAM
@@ -83,7 +83,7 @@ write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 # The whole grid, with the plateau, the choice and the recipe's own point marked.
 
 # %%
-data, n = cohort.describe(read_table(run.cohort_csv), recipe.inputs), len(validation)
+data, n = cohort.describe(run.cases().query("split == 'val'"), recipe.inputs), len(validation)
 report.show(figures.search_heatmap(table, point, recipe.operating.point), run, "search_heatmap", data, n)
 
 # %% [markdown]

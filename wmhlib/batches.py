@@ -12,9 +12,9 @@ from torch import Tensor
 from .canvas import neighbours
 from .errors import InputError
 from .sections import Augment, Inputs
+from .seeds import stable_seed
 from .slicestore import CaseSlices
 from .volumes import AIR, BRIGHTEST
-from .workspace import stable_seed
 
 
 def draw_slices(cases: list[CaseSlices], negatives: float, seed: int) -> list[tuple[int, int]]:

@@ -24,15 +24,16 @@ from .epochs import learning_rate
 from .errors import InputError, WMHError
 from .files import table_bytes
 from .medsam import build_encoder
-from .precision import autocast, native_precision
+from .precision import autocast, best_device, native_precision
 from .pretext import draw_parts
 from .promptable import draw_prompts
+from .seeds import stable_seed
 from .settings import merge
 from .slicestore import CaseSlices
 from .tasks import cut
 from .teacher import Distillation, Teacher
 from .weights import half, tensors_bytes
-from .workspace import RunFolder, stable_seed
+from .workspace import RunFolder
 
 STUDENT = "student.safetensors"
 _STATE = ("origin", "history", "student", "optimizer", "scaler")
@@ -67,7 +68,7 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     job = _Job(settings, train, val, device)
     placeless = dataclasses.replace(settings, teacher=dataclasses.replace(settings.teacher, checkpoint=""))  # the file may have moved
     origin = {"settings": json.dumps(dataclasses.asdict(placeless)), "teacher": job.teacher.sha256, "data": job.data}

@@ -19,7 +19,7 @@ from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import dice_of, filter_components, mask_at, reference_parts
 from .network import load_network
-from .precision import autocast, native_precision
+from .precision import autocast, best_device, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
 from .uncertainty import case_uncertainty
@@ -67,7 +67,7 @@ class WMHInferenceEngine:
     def __init__(self, model: TrainedNet, device: str | torch.device | None = None, img_size: int | None = None,
                  point: dict | None = None):
         self.recipe = model.recipe
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = best_device(device)
         self.model = model.eval()
         self.precision = native_precision(self.recipe.training.precision, self.device)
         self._network = model.for_inference(self.precision).to(self.device)

@@ -22,11 +22,12 @@ from .monitor import PARTS, Monitor
 from .processes import Average, GradientSum, StepStatistics, sum_over_processes
 from .ranks import Ranks
 from .sections import Training
+from .seeds import stable_seed
 from .settings import Recipe
 from .tasks import cut, task_of
 from .trained import TrainedNet
 from .weights import tensors_bytes
-from .workspace import RunFolder, stable_seed
+from .workspace import RunFolder
 
 _DIVERGED, _COLLAPSED = 3.0, 0.5  # times the lowest and the first training loss of the epochs before: a network that collapsed, not a bad epoch
 _Places = list[tuple[int, ...]]  # (case, and where in it)

@@ -24,7 +24,7 @@ _PROTOCOLS = {
     "challenge": "as the challenge splits them; validation cases drawn from its training cases, stratified by site and lesion volume",
     "leave-one-site-out": "with one site held out for testing; validation cases drawn from the others, stratified by lesion volume",
     "k-fold": "in folds stratified by site and lesion volume, one of them for testing",
-    "given": "as the data bring it",
+    "given": "as they came",
 }
 _VIEWS = {1: "one view", 2: "two views (left-right flip)", 4: "four views (flips)", 8: "eight views (flips and quarter turns)",
           10: "ten views (left-right flip, tilts by 12 degrees and zooms by 0.9 and 1.12)"}

@@ -21,8 +21,8 @@ from .files import write_atomic
 from .scan import SITES, Acquisition, Scan
 from .scanners import KINDS, make_scan
 from .sections import Inputs, head_name
+from .seeds import stable_seed
 from .slicestore import TISSUE
-from .workspace import stable_seed
 
 _DEALT = {"challenge": SITES, "stroke": strokes.SITES}
 

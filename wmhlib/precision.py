@@ -1,4 +1,4 @@
-"""What numbers a device computes with: fp32, or half precision under autocast."""
+"""Where networks run, and what numbers that device computes with: fp32, or half precision under autocast."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def native_precision(wanted: str, device: torch.device) -> str:
     if wanted == "bf16" and device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16"
     return "no"
+
+
+def best_device(device: torch.device | str | None = None) -> torch.device:
+    """`device`, unless given the GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -23,7 +23,7 @@ from .evaluation import ZERO_SHOT
 from .medsam import PATCH, ImageEncoder, load_checkpoint
 from .metrics import reference_parts
 from .network import base_channel_adapter
-from .precision import autocast, native_precision
+from .precision import autocast, best_device, native_precision
 from .promptable import Prompts, promptable_of, three_channels
 from .settings import Recipe
 from .volumes import Case, case_canvas
@@ -45,7 +45,7 @@ class PromptEngine:
         self.encoder = ImageEncoder(recipe.encoder)
         others = load_checkpoint(self.encoder, path)
         self.promptable, self.adapter = promptable_of(others, path), base_channel_adapter(others, 1, path)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = best_device(device)
         for part in filter(None, (self.promptable, self.adapter, self.encoder)):
             part.to(self.device).eval().requires_grad_(False)
         self.pixels = recipe.encoder.pixels

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .anatomy import CSF, FAT, Patient, rotation
-from .workspace import stable_seed
+from .seeds import stable_seed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from .anatomy import AIR, BONE, CSF, FAT, FLUID, GLAND, MARROW, MUSCLE
 from .scan import Acquisition, Anatomy, Scan, Site
-from .workspace import stable_seed
+from .seeds import stable_seed
 
 CSF_LABEL, BONE_LABEL, SOFT_LABEL = 3, 6, 7  # of `Acquisition.tissue`, above the mask's 0, 1, 2; grey and white matter follow CSF
 _VERTEX = 76  # mm, MNI height

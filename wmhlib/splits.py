@@ -9,8 +9,9 @@ import pandas as pd
 
 from .errors import InputError, RecipeError, some
 from .files import read_table, table_bytes, write_table
+from .seeds import stable_seed
 from .settings import Recipe
-from .workspace import RunFolder, stable_seed
+from .workspace import RunFolder
 
 PARTS = ("train", "val", "test")
 _COLUMNS = ["case", "subject", "site", "lesion_ml"]

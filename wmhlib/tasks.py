@@ -11,9 +11,9 @@ from torch import Tensor
 from .batches import augment, draw_slices, drop_modalities, few_slices, stack_slices
 from .errors import InputError
 from .losses import total_loss
+from .seeds import stable_seed
 from .settings import Recipe
 from .slicestore import CaseSlices, load_slices
-from .workspace import stable_seed
 
 Forward = Callable[[Tensor], tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]]  # images -> (logits, those at the scales, perhaps those of borders)
 Sums = tuple[Tensor, Tensor, Tensor]  # validation loss over the places; of each case voxels in both masks, and in one plus in the other

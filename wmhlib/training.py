@@ -33,7 +33,7 @@ from .errors import CheckpointError, InputError, WMHError, some, told
 from .files import read_table, table_bytes
 from .monitor import Monitor
 from .network import build_network
-from .precision import native_precision
+from .precision import best_device, native_precision
 from .processes import Average, GradientSum, StepStatistics, from_main, main_speaks_first
 from .ranks import Ranks
 from .sections import SHIPPED, Training
@@ -56,7 +56,7 @@ def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
     cases = run.cases()
     check_split(read_table(run.split_csv), cases)
     AcceleratorState._reset_state()  # the precision of an earlier run in this process
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     recipe = run.recipe()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=native_precision(recipe.training.precision, device))
     with main_speaks_first(accelerator.is_main_process), Keeper(run) if accelerator.is_main_process else contextlib.nullcontext() as keeper:

@@ -18,7 +18,7 @@ from .cohort import find_cases
 from .errors import InputError
 from .files import write_atomic
 from .images import TABLE
-from .workspace import stable_seed
+from .seeds import stable_seed
 
 _PARTS = ("train", "val", "train", "test", "train")  # by turns; an odd number, so that each part has both kinds
 _FINE = 4  # sub-pixels along each axis, in which vessels are drawn

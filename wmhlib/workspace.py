@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -199,12 +198,6 @@ def run_folders(text: str) -> list[RunFolder]:
 
 
 MINISAM = RunFolder(REPOSITORY / "assets" / SHIPPED)  # the weights that come with the suite, laid out as a run
-
-
-def stable_seed(*parts) -> int:
-    """A seed in 0 .. 2**31 - 1 from the text of `parts`: the same in every process and on every machine."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def version(name: str) -> str | None:

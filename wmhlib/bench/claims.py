@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import hardware
 from ..medsam import build_encoder
-from ..precision import native_precision
+from ..precision import best_device, native_precision
 from ..quantised import quantise, weight_bytes
 from ..sections import Encoder
 from ..settings import Recipe
@@ -125,7 +125,7 @@ def claims(encoders: dict[str, Encoder], pairs: list[tuple[str, Subject]], repet
     latency_ratio, reference_ratio (the same where the teacher is ViT-H), operations_ratio, dice, teacher_dice, dice_ratio; NaN where
     something was not measured. Without bf16 instructions there are no rows in bf16.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     native = native_precision("bf16", device) == "bf16"
     asked = {(name, s): Subject(name, encoders[name], s.px, "fp32" if s.precision == "fp32" or not native else "bf16", s.batch)
              for name, s in pairs if native or s.precision != "bf16"}
@@ -213,7 +213,7 @@ def _decoder_gflop(px: int) -> float:
 
 def _measure(given: dict) -> dict[str, float]:
     """`inference_memory` of one subject (as a dict), in this process."""
-    process, device = psutil.Process(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process, device = psutil.Process(), best_device()
     libraries, encoder = process.memory_info().rss, given["encoder"]
     subject = Subject(**given | {"encoder": Encoder(**encoder | {"global_blocks": tuple(encoder["global_blocks"])})})
     module, image = subject.build(device), subject.image(device)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from ..adapters import budget
 from ..compare import pareto
 from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page, save_figure
 from ..metrics import SCORES
+from ..precision import best_device
 from ..report import DECIMALS, HEADS, intervals
 from ..settings import Recipe
 from ..trained import weights_bytes
@@ -43,7 +43,7 @@ def costs(recipe: Recipe, named: dict[str, str], repetitions: int = 5) -> pd.Dat
     network (encoder, adapter, decoder, channel adapter, skip), `file_mb` of its weights file, `step_s` (median of a training step on a
     batch, on a GPU where there is one), `step_ratio` to LoRA's at the ranks of `recipe`, with which it takes turns, and `peak_mb` of a fresh
     process on the CPU in which one runs."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     recipes = {name: recipe.with_overrides(overrides) for name, overrides in named.items()}
     rows, lora = [], Step(recipe.with_overrides("adapter.method=lora"), "ours", device)
     for (name, own), memory in zip(recipes.items(), step_memories(list(recipes.values()), "ours")):

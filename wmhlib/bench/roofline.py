@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..medsam import CHANNELS, PATCH
 from ..network import Decoder, Skip, WMHNet, channel_adapter
+from ..precision import best_device
 from ..sections import LOW_RANK, Encoder
 from ..settings import Recipe
 from .table import alternate
@@ -171,7 +172,7 @@ def _activations(recipe: Recipe) -> float:
 
 def named(device: str | torch.device = "") -> str:
     """What is measured on, in words: a GPU, or the processor and how many threads work; "": the GPU where there is one."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = best_device(device)
     threads = torch.get_num_threads()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} ({threads} thread{'s' * (threads > 1)})"
 

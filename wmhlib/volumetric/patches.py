@@ -11,8 +11,8 @@ from torch import Tensor
 from ..batches import change_greys
 from ..errors import InputError
 from ..sections import Augment, Volume
+from ..seeds import stable_seed
 from ..volumes import AIR
-from ..workspace import stable_seed
 from .boxes import interpolation, shares
 from .store import CaseVolume
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..batches import drop_modalities
 from ..errors import InputError
 from ..losses import total_loss
+from ..seeds import stable_seed
 from ..settings import Recipe
 from ..tasks import Forward, Sums, cut
-from ..workspace import stable_seed
 from .patches import Place, augment_volumes, draw_patches, stack_patches
 from .store import CaseVolume, load_volumes
 from .windows import probabilities
