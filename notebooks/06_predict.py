@@ -71,7 +71,7 @@ scans[["case", "flair", "t1"]]
 
 # %% [markdown]
 # One after the other. A scan that cannot be used is named and the rest go on; one done before, by the same code with the same weights at the
-# same operating point, is kept as it is. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
+# same operating point, is kept as it is, and so is a mask that you have corrected, which counts with its own volume. All maps keep the affine and header of their scan, so that a viewer overlays them exactly.
 
 # %%
 out = Path(out_dir or run.results(root) / "derivatives").expanduser()
