@@ -86,7 +86,7 @@ def test_cases_are_those_of_another_run_whatever_their_order_and_place(run, tmp_
     assert run.split_text() != split and same_split(run.split_text(), split)
     assert cell.take_cases(run).cases().flair.unique().tolist() == ["moved.nii"]
     write_table(cases.assign(digest="other"), run.cohort_csv)
-    with pytest.raises(InputError, match="cohort.csv is not that of"):
+    with pytest.raises(InputError, match="cohort.csv or its split.csv is not that of"):
         cell.take_cases(run)
     assert run.elsewhere("evaluations", f"{tmp_path}/data/..").path == run.path / "evaluations" / tmp_path.name, "never the run itself"
 

@@ -148,13 +148,13 @@ class RunFolder:
 
     def take_cases(self, run: RunFolder) -> RunFolder:
         """Gives this folder the cohort and the split of `run`. Raises InputError where it has others: other cases, scans, masks or sides."""
-        used = read_table(run.split_csv)["case"]
-        for theirs, ours, columns in ((run.split_csv, self.split_csv, ["case", "split"]), (run.cohort_csv, self.cohort_csv, ["case", "subject", "site", "digest", "mask_digest"])):
-            tables = [read_table(path) for path in (theirs, ours) if path.exists()]
-            one, *other = [table[table["case"].isin(used) | ("split" in columns)].reindex(columns=columns).sort_values("case").fillna("").values.tolist() for table in tables]
-            if other and other != [one]:
-                raise InputError(f"{ours} is not that of {theirs}: choose another folder")
-            write_atomic(ours, table_bytes(tables[0]))
+        if self.cohort_csv.exists() and self.split_csv.exists():
+            ours, theirs = (folder.cases().reindex(columns=["case", "subject", "site", "digest", "mask_digest", "split"]).fillna("").sort_values("case").values.tolist()
+                            for folder in (self, run))
+            if ours != theirs:
+                raise InputError(f"{self.cohort_csv} or its split.csv is not that of {run.path}: choose another folder")
+        for ours, theirs in ((self.cohort_csv, run.cohort_csv), (self.split_csv, run.split_csv)):
+            write_atomic(ours, table_bytes(read_table(theirs)))
         return self
 
     def split_text(self) -> str:
