@@ -269,7 +269,7 @@ def test_medsam_is_fetched_beside_the_run_folders_and_goes_on_where_it_stopped(s
     service.plans["/weights.pth"] = [("cut", 60)]
     monkeypatch.setattr(download, "MEDSAM_URL", f"{service.url}/weights.pth")
     monkeypatch.setattr(download, "MEDSAM_MD5", hashlib.md5(bytes(100)).hexdigest())
-    monkeypatch.setattr(download.medsam, "build_encoder", lambda encoder, seed: None)
+    monkeypatch.setattr(opening.medsam, "build_encoder", lambda encoder, seed: None)
     run = opening.open_run(RunFolder(tmp_path / "runs" / "d"), preset("smoke"), "zenodo")
     target = tmp_path / "runs" / "weights" / "medsam_vit_b.pth"
     assert target.read_bytes() == bytes(100) and service.times("/weights.pth") == [None, "bytes=60-"]

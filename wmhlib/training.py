@@ -261,8 +261,8 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
 
 
 def _ended(job: Job, origin: dict[str, str]) -> dict | None:
-    """Of a run without checkpoints: its history, where it is done; None where it has not come as far as its first checkpoint. Else CheckpointError, since
-    training would begin anew over weights that are there."""
+    """Of a run without checkpoints: its history, where it is done; None where it may have been killed before its first checkpoint. Else CheckpointError,
+    since training would begin anew over weights that are there."""
     run, settings = job.run, job.recipe.training
     if not run.best.exists() or not run.history_csv.exists():
         return None
@@ -270,7 +270,7 @@ def _ended(job: Job, origin: dict[str, str]) -> dict | None:
     done = _finished(history, settings)
     if done and not _unlike({"split": ""} | read_weights(run.best)[1], origin):
         return {"history": history}
-    if done or len(history) >= settings.checkpoint_epochs:
+    if done or len(history) > settings.checkpoint_epochs:
         raise CheckpointError(f"{run.best} is there, but no checkpoint of its training that can be used: put {run.checkpoints} back, choose another run folder, "
                               f"or delete {run.best.name} and {run.history_csv.name} to train anew")
     return None
