@@ -39,7 +39,7 @@ def test_an_evaluation_has_a_folder_of_its_own_where_all_is_test(trained, tmp_pa
 
 
 def test_no_scan_is_evaluated_that_was_trained_on_whatever_its_file(trained, tmp_path):
-    with pytest.raises(InputError, match=r"1 cases of .*copied were used to train"):
+    with pytest.raises(InputError, match=r"1 of the cases of .*copied were used to train"):
         opening.open_evaluation(trained, str(tmp_path / "copied"))
     assert not (trained.path / "evaluations").exists()
 

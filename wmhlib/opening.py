@@ -104,8 +104,8 @@ def _unseen(run: RunFolder, cases: pd.DataFrame, data: str) -> pd.DataFrame:
     cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
     seen = cases.case[cases.digest.isin(known.digest)]
     if len(seen):
-        raise InputError(f"{len(seen)} cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): name others")
+        raise InputError(f"{len(seen)} of the cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): name others")
     odd = [f"{case.case}: {case.warnings}" for case in cases.itertuples() if case.warnings]
     if odd:
-        print(f"{len(odd)} cases are odd:{listed(odd)}", flush=True)
+        print(f"odd cases, {len(odd)} of {len(cases)}:{listed(odd)}", flush=True)
     return cases
