@@ -178,6 +178,11 @@ def test_words_of_scans_become_words_of_images():
     assert wording.of_images("lesions of case lesion-3, scan_1") == "objects of case lesion-3, scan_1"
 
 
+def test_words_are_those_of_the_kind_of_scan_whatever_its_name():
+    assert wording.words("FLAIR scan sub-01_acq-T1wreg") is str and wording.words("real images of FLAIR") is str
+    assert wording.words("T1w scan sub-01") is wording.words("real and synthetic T1w scans") is wording.of_strokes and wording.words("images") is wording.of_images
+
+
 @pytest.mark.parametrize("tta, grey", [(True, 204), (False, 51)])
 def test_the_probability_of_an_image_is_that_of_the_operating_point(tmp_path, tta, grey):
     engine = SimpleNamespace(recipe=SimpleNamespace(inputs=RGB), point=dict(tta=tta), segment=lambda found: found.prob > 1,
