@@ -63,7 +63,7 @@ def test_what_the_first_weights_had_seen_is_told(run):
     story = methods.Story.of(run, run, COUNTS)
     assert "Training started from weights that 2 cases (GE3T 1, Oslo 1) had trained or chosen. AdamW" in story.paragraph()
     assert "started from weights that 2 cases had made" in str(story.card().loc["trained on"].item())
-    assert "of sites that were trained on too (GE3T)" in dataclasses.replace(story, external=True).heading()
+    assert "of sites that were trained or chosen on too (GE3T)" in dataclasses.replace(story, external=True).heading()
 
 
 def test_the_baseline_that_sees_the_reference_is_told_where_there_is_one(run):
@@ -84,7 +84,7 @@ def test_cases_of_sites_that_were_trained_on_are_no_external_validation(run):
     story = dataclasses.replace(methods.Story.of(run, run, COUNTS), external=True)
     assert "External validation" in story.heading(), "GE3T was not trained on"
     known = dataclasses.replace(story, evaluated=story.trained_on[2:]).heading()
-    assert "External validation" not in known and "of sites that were trained on too (Utrecht)" in known
+    assert "External validation" not in known and "of sites that were trained or chosen on too (Utrecht)" in known
 
 
 def test_the_card_names_data_and_recipe(run):
@@ -101,8 +101,9 @@ def test_limits_say_what_the_cases_are(run):
     alone = dataclasses.replace(known, trained_on=story.trained_on.assign(site="Utrecht"))
     assert "in training too; another scanner may do worse. Split by leave-one-site-out" in known.limits()
     assert "in training too; another scanner may do worse.\n" in alone.limits(), "of one site none can be left out"
-    synthetic = dataclasses.replace(story, source="synthetic cases")
+    synthetic = dataclasses.replace(story, source="synthetic cases", trained_on=story.trained_on.assign(origin="synthetic"))
     assert "was chosen on them" in synthetic.limits()
+    assert "trained on synthetic cases.\n" in dataclasses.replace(story, source="real and synthetic cases").limits(), "the point was chosen on real ones"
     of_synthetic = dataclasses.replace(synthetic, data="synthetic cases").limits()
     assert "The cases are synthetic" in of_synthetic and "raters agree" not in of_synthetic
     many = dataclasses.replace(story, evaluated=pd.concat([story.evaluated] * 40), external=True).limits()

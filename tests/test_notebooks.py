@@ -121,7 +121,7 @@ def test_other_labelled_cases_are_evaluated_without_training(smoke_run, tmp_path
     metrics = read_table(out / "metrics.csv")
     assert metrics.case.nunique() == 3 and metrics.system.nunique() == 4 and "05_report.html" in capsys.readouterr().out
     page = (out / "notebooks" / "05_report.html").read_text()
-    assert "No scan of the evaluated data was used for training" in page and "of sites that were trained on too" in page
+    assert "No scan of the evaluated data was used for training" in page and "of sites that were trained or chosen on too" in page
 
 
 def test_a_point_chosen_on_other_labelled_cases_goes_with_the_same_weights_and_is_reported(smoke_run, tmp_path, capsys):

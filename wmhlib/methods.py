@@ -75,7 +75,7 @@ class Story:
         """One sentence: what was evaluated on what."""
         known = sorted(set(self.evaluated.site) & {*self.trained_on.site[self.trained_on.split != "test"], *self.earlier.site})
         what = ("Test cases of the run" if not self.external else "**External validation**: cases of other sites" if not known else
-                f"Labelled cases of another folder, of sites that were trained on too ({', '.join(known)})")
+                f"Labelled cases of another folder, of sites that were trained or chosen on too ({', '.join(known)})")
         return f"{what}, n = {len(self.evaluated)} {self.data} ({_sites(self.evaluated)}). Recipe {self.recipe.name}, seed {self.recipe.seed}."
 
     def card(self) -> pd.DataFrame:
@@ -150,7 +150,8 @@ class Story:
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
         elif "synthetic" in self.source:
-            points.append("The network was trained on synthetic cases, its operating point was chosen on them.")
+            chosen = describe(self.trained_on[self.trained_on.split == "val"], self.recipe.inputs)
+            points.append("The network was trained on synthetic cases" + ", its operating point was chosen on them" * ("synthetic" in chosen) + ".")
         if not self.recipe.volume.network and self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
             points.append("The encoder started from random weights, not from those of MedSAM.")
         if self.external:
