@@ -41,8 +41,7 @@ def prepare(run: RunFolder, recipe: Recipe) -> RunFolder:
         run.need(run.split_csv, "02_split")
     if not run.split_csv.exists():
         open_run(run, recipe)
-        cases = find_cases(get_cohort(run), recipe.inputs)
-        run.write_cases(cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"]))
+        run.write_cases(_checked(find_cases(get_cohort(run), recipe.inputs), recipe))
         write_table(split_cases(read_table(run.cohort_csv), recipe), run.split_csv)  # as notebook 02 reads it
     return run
 
@@ -52,9 +51,7 @@ def open_evaluation(run: RunFolder, data: str, out: str = "", root: str = "runs"
     (`cohort.find_cases`), all of them test cases: `out`, or `RunFolder.elsewhere` below `root`. Raises InputError for a scan that the run was trained or
     chosen on, for a folder that holds a run, or an evaluation of other cases, and for the weights that come with the suite without `data`."""
     if not data:
-        if run.shipped:
-            raise InputError("the test cases of the weights that come with the suite are not at hand: name labelled cases to evaluate them on (data_dir; DATA= of make evaluate)")
-        return run
+        return _with_cases(run, "evaluate")
     folder = run.elsewhere("evaluations", data, out, root)
     if folder.best.exists() or folder.checkpoints.exists():
         raise InputError(f"{folder.path} holds a run: nothing is written over it; choose another folder for the evaluation")
@@ -74,9 +71,7 @@ def open_tuning(run: RunFolder, data: str, out: str = "", root: str = "runs") ->
     `earlier` cases are the others that the weights were trained or chosen on. Raises InputError for a scan that `run` has seen, for a folder that holds
     another run, and for the weights that come with the suite without `data`."""
     if not data:
-        if run.shipped:
-            raise InputError("the validation cases of the weights that come with the suite are not at hand: name labelled cases to choose their point on (data_dir; DATA= of make tune)")
-        return run
+        return _with_cases(run, "tune")
     folder, recipe = run.elsewhere("tuned", data, out, root), run.recipe()
     state, origin = read_weights(run.need(run.best, "03_train"))
     cases, own = _unseen(run, find_cases(data, recipe.inputs), data), run.scans()
@@ -92,17 +87,27 @@ def open_tuning(run: RunFolder, data: str, out: str = "", root: str = "runs") ->
     write_table(seen[~seen["digest"].isin(train["digest"])], folder.earlier_csv)
     write_table(both, folder.cohort_csv)
     write_table(split, folder.split_csv)
-    for path in (run.history_csv, run.figures / "training_curves.png"):  # which a report of the weights shows
-        write_atomic(folder.path / path.relative_to(run.path), run.need(path, "03_train").read_bytes())
+    write_atomic(folder.history_csv, run.need(run.history_csv, "03_train").read_bytes())
     write_atomic(folder.best, content)
     return folder
 
 
+def _with_cases(run: RunFolder, command: str) -> RunFolder:
+    """`run`, unless it is the one that comes with the suite, whose scans do not."""
+    if run.shipped:
+        raise InputError(f"the cases of the weights that come with the suite are not at hand: name labelled cases (data_dir; DATA= of make {command})")
+    return run
+
+
+def _checked(cases: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """`cases` with what `cohort.check_cases` says of them."""
+    return cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
+
+
 def _unseen(run: RunFolder, cases: pd.DataFrame, data: str) -> pd.DataFrame:
     """The labelled `cases` found in `data` with what `cohort.check_cases` says of them, printed where it is odd. InputError where `run` was trained or chosen on some."""
-    recipe, known = run.recipe(), run.seen()
-    cases = cases.merge(check_cases(cases, recipe.inputs, recipe.volume), on=["case", "site"])
-    seen = cases.case[cases.digest.isin(known.digest)]
+    cases = _checked(cases, run.recipe())
+    seen = cases.case[cases.digest.isin(run.seen().digest)]
     if len(seen):
         raise InputError(f"{len(seen)} of the cases of {data} were used to train {run.path} or to choose its operating point ({some(seen)}): name others")
     odd = [f"{case.case}: {case.warnings}" for case in cases.itertuples() if case.warnings]
