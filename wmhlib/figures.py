@@ -72,10 +72,11 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
 
 
 def captioned(shown: Figure | pd.DataFrame, words: str) -> None:
-    """Displays a figure or table, and `words` (Markdown, one paragraph) as its caption (see `pages`)."""
+    """Displays a figure or a table, of which nothing is cut, and `words` (Markdown, one paragraph) as its caption (see `pages`)."""
     from IPython.display import Markdown, display
 
-    display(shown, Markdown(words))
+    with pd.option_context("display.max_rows", None, "display.max_colwidth", None):
+        display(shown, Markdown(words))
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
@@ -177,7 +178,7 @@ def predictions_figure(rows: list[dict]) -> Figure:
         words = [f"Dice {row['dsc']:.2f}" if np.isfinite(row["dsc"]) else "no Dice"]
         if row["z_mm"] is not None:
             name_sides(line[0], row["spacing"])
-            words.append(f"z = {row['z_mm']:.0f} mm")
+            words.append(f"z = {row['z_mm']:z.0f} mm")
         enlarge(line[0], line[1:], lesion | result, row["spacing"])
         if "reference_ml" in row:
             words.insert(1, f"reference {row['reference_ml']:.1f} mL, result {row['result_ml']:.1f} mL")
@@ -260,7 +261,7 @@ def overlay_figure(flair: np.ndarray, mask: np.ndarray, prob: np.ndarray, entrop
     for column, z in zip(axes.T, chosen):
         for ax in column:
             show(ax, flair[..., z][box], spacing, dim=1 if ax in column[:2] else 0.6)
-        column[0].set_title(f"z = {height_mm(affine, prob.shape, z):.0f} mm", fontsize=9)
+        column[0].set_title(f"z = {height_mm(affine, prob.shape, z):z.0f} mm", fontsize=9)
         outline(column[1], mask[..., z][box], YELLOW)
         for ax, volume in zip(column[2:], panels):
             values = volume[..., z][box]
