@@ -166,8 +166,8 @@ report.tell(report.case_table(results.own, results.uncertainty), "cases", data, 
 
 # %%
 parts = story.trained_on.split.value_counts()
-report.show(figures.training_curves(read_table(run.history_csv)), out, "training_curves", story.source, parts["train"])
-display(Image(run.figures / "search_heatmap.png", width=800), Markdown(report.caption("search_heatmap", story.source, parts["val"])))
+report.show(figures.training_curves(read_table(run.history_csv)), out, "training_curves", story.source("train"), parts["train"])
+display(Image(run.figures / "search_heatmap.png", width=800), Markdown(report.caption("search_heatmap", story.source("val"), parts["val"])))
 
 # %% [markdown]
 # Data and recipe.

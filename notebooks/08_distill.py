@@ -46,7 +46,6 @@ out_dir: str = ""  # folder for everything this notebook makes; empty: runs/dist
 teacher: str = ""  # the teacher's weights: a file of SAM's format (SAM, MedSAM, a base), which colab needs; empty: the preset's own
 teacher_kind: str = ""  # its encoder: vit_h, vit_l, sam_vit_b (SAM's), vit_b (MedSAM's), vit_t or small; empty: the preset's own
 student_kind: str = ""  # the student's encoder: one of these, or tiny; empty: the preset's own
-student_px: int = 0  # side of what the student sees in phase 1, in pixels, a multiple of 16; 0: as the teacher
 alpha: float = 0.5  # weight of the feature loss, 0 to 1; the mask loss has the rest
 feature: str = "mse"  # feature loss: mse or huber
 overrides: str = ""  # settings of phase 2 to change, the way notebook 01 shows
@@ -71,15 +70,15 @@ out, plan = Path(out_dir or f"{root}/distill_{preset}").expanduser(), minisam.pl
 run = RunFolder(run_dir or (out / "cases" if plan.cases else f"{root}/{preset}"))
 recipe = opening.prepare(run, presets.preset(preset, plan.cases)).recipe(preset)
 minisam.check_request(recipe, plan, overrides)
-job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed, student_px=student_px, alpha=alpha, feature=feature)
+job = choose(preset, recipe.inputs, teacher, teacher_kind, student_kind, recipe.seed, alpha=alpha, feature=feature)
 cases, kind = run.cases(), cohort.describe(read_table(run.cohort_csv), recipe.inputs)
 pd.DataFrame({"teacher": vars(job.teacher), "student": vars(job.student)})
 
 # %% [markdown]
 # ## Phase 1: the teacher teaches
 #
-# The teacher's embeddings are computed once and kept on disk; a run that was interrupted goes on. The student matches them,
-# and the masks that the teacher's own prompt encoder and mask decoder make of them.
+# The teacher's embeddings are computed once and kept on disk; training, once interrupted, goes on from its last checkpoint. The student
+# matches them, and the masks that the teacher's own prompt encoder and mask decoder make of them.
 
 # %%
 parts = {part: slicestore.load_slices(cases[cases.split == part], job.inputs) for part in ("train", "val")}

@@ -130,7 +130,7 @@ charts.show(charts.ratio_figure(claims), out, "ratios", machine["name"])
 # ## Around the network
 
 # %%
-steps_around = measures.around(case, folder.name)
+steps_around = measures.around(case, folder.name, plan.scale, plan.full.inputs.img_size)
 write_table(steps_around, out / "around.csv")
 charts.tell(steps_around.round(3).set_index("step"), "around", machine["name"])
 

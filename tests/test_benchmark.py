@@ -132,7 +132,7 @@ def test_a_step_trains_and_a_process_of_its_own_tells_its_memory(who):
     assert set(steps.step_memories([SMOKE], who)[0]) == {"loaded_mb", "step_mb"}
 
 
-def test_rates_follow_from_the_steps(case):
+def test_rates_follow_from_the_steps():
     rates = steps.step_rates(SMOKE, (2, 4), 100.0, torch.device("cpu"), 1)
     assert np.allclose(rates.samples_per_s, rates.batch / rates.step_s) and (rates.mfu > 0).all()
 

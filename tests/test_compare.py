@@ -152,7 +152,7 @@ def test_the_front_holds_what_no_leaner_system_beats():
     assert compared.pareto_figure(table[:0]).axes  # a job of several, before any system is finished
 
 
-def test_costs_count_what_is_trained_and_name_the_denominator(tmp_path):
+def test_costs_count_what_is_trained_and_name_the_denominator():
     recipe = preset("smoke")
     table = compared.costs(recipe, NAMED, 1).set_index("system")
     assert table.loc["none", "adapter"] == 0 and table.loc["lora 2", "adapter"] > 0
@@ -183,3 +183,11 @@ def test_a_case_without_hd95_with_one_seed_has_none_in_the_mean(scores):
     scores = scores.assign(hd95=np.where((scores.seed == 1) & (scores.case == scores.case.iloc[0]) & (scores.system == "full"), np.nan, 2.0))
     averaged = compare.over_seeds(scores).set_index(["system", "case"])
     assert averaged.hd95.isna().sum() == 1 and np.isnan(averaged.loc[("full", scores.case.iloc[0]), "hd95"])
+
+
+def test_a_false_alarm_of_one_seed_in_a_case_without_a_lesion_counts_in_the_mean():
+    scores = pd.DataFrame({"system": ["a"] * 3 + ["b"] * 3, "case": "x", "seed": [0, 1, 2] * 2, "dsc": [np.nan, np.nan, 0.0] + [np.nan] * 3,
+                           "reference_ml": 0.0, "result_ml": [0, 0, 0.3, 0, 0, 0]})
+    averaged = compare.over_seeds(scores).set_index("system")
+    assert averaged.dsc["a"] == pytest.approx(2 / 3) and np.isnan(averaged.dsc["b"])
+    assert agreement.compare_systems(averaged.reset_index(), "b").loc["a", "difference"] == pytest.approx(1 / 3)

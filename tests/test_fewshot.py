@@ -48,7 +48,11 @@ def test_the_trained_run_and_a_base_that_answers_prompts_are_levels(new_run, tmp
     assert table.system.tolist() == ["few-shot", ZERO_SHOT, "no adaptation"]
     fit(run, progress=False)
     table = fewshot.curve(run, (1,), (0,), folder=run.path / "fewshot")
-    assert table.system.tolist() == ["few-shot", ZERO_SHOT, "no adaptation", "all slices"] and table.slices.tolist() == [1, 0, 0, 0]
+    assert len(rates) == 1 and table.system.tolist() == ["few-shot", ZERO_SHOT, "no adaptation", "all slices"] and table.slices.tolist() == [1, 0, 0, 0]
+    torch.save({name: value + 0.01 if name.endswith("pos_embed") else value for name, value in state.items()}, tmp_path / "base.pth")
+    run.best.unlink()
+    fewshot.curve(run, (1,), (0,))
+    assert len(rates) == 2, "scores on another base are not read back"
 
 
 @pytest.mark.parametrize("count, epochs", [(1, 200), (8, 200), (9, 100), (100, 16)])

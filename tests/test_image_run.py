@@ -83,6 +83,10 @@ def test_the_report_on_images_speaks_of_pixels(image_run, capsys):
     for table, name in ((report.results_table(results.metrics), "results"), (report.volume_table(own), "volumes"), (report.size_table(results.lesions), "sizes"),
                         (report.zone_table(results.zones, results.lesions), "zones"), (report.case_table(own, results.uncertainty), "cases")):
         report.tell(table, name, data, 1)
+    missing = report.results_table(results.metrics.assign(hd95=np.nan))
+    capsys.readouterr()
+    report.tell(missing, "results", data, 1)
+    assert "HD95 (px) 1" in (told := capsys.readouterr().out) and "(mm)" not in told
     texts = [story.paragraph(), story.limits(), story.card().to_string(), *(report.caption(name, data, 1) for name in shown)]
     assert not re.search(r"\b(mm[3³]?|mL|FLAIR|skull|ventricles|lesions?)\b", " ".join(texts)), texts
     page = viewer.viewer(viewer.case_files(evaluation.result_files(run, evaluation.best_median_worst(results.gallery))))

@@ -101,9 +101,12 @@ def test_limits_say_what_the_cases_are(run):
     alone = dataclasses.replace(known, trained_on=story.trained_on.assign(site="Utrecht"))
     assert "in training too; another scanner may do worse. Split by leave-one-site-out" in known.limits()
     assert "in training too; another scanner may do worse.\n" in alone.limits(), "of one site none can be left out"
-    synthetic = dataclasses.replace(story, source="synthetic cases", trained_on=story.trained_on.assign(origin="synthetic"))
+    synthetic = dataclasses.replace(story, trained_on=story.trained_on.assign(origin="synthetic"))
     assert "was chosen on them" in synthetic.limits()
-    assert "trained on synthetic cases.\n" in dataclasses.replace(story, source="real and synthetic cases").limits(), "the point was chosen on real ones"
+    tuned = dataclasses.replace(story, trained_on=story.trained_on.assign(origin=["synthetic", "synthetic", "real", "real"]))
+    assert "trained on synthetic cases.\n" in tuned.limits(), "the point was chosen on real ones"
+    assert tuned.card()[""]["trained on"].startswith("2 synthetic cases, chosen on 1 real scans: ")
+    assert "1 test cases (trained on synthetic cases, validated on real scans; seed 42)" in tuned.paragraph() and "validated on" not in story.paragraph()
     of_synthetic = dataclasses.replace(synthetic, data="synthetic cases").limits()
     assert "The cases are synthetic" in of_synthetic and "raters agree" not in of_synthetic
     many = dataclasses.replace(story, evaluated=pd.concat([story.evaluated] * 40), external=True).limits()
@@ -127,7 +130,7 @@ def test_every_adapter_is_named_with_its_paper():
 
 def test_a_network_of_volumes_is_told_as_one(run):
     story = methods.Story.of(run, run, COUNTS)
-    story = dataclasses.replace(story, recipe=preset("stroke"), data="real T1w scans", source="real T1w scans")
+    story = dataclasses.replace(story, recipe=preset("stroke"), data="real T1w scans")
     text = story.paragraph()
     for fact in ("cubic voxels of 1 mm, in a box of 192 x 224 x 176 voxels", "attention gates", "0.25 focal", "0.15 Tversky", "patches of 96 x 96 x 96 voxels", "overlap by 50 %",
                  "deformed elastically by up to 6 mm", "whole validation cases", "threshold of the normalised T1w"):

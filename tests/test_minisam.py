@@ -52,10 +52,16 @@ def test_every_preset_of_the_distillation_has_a_plan_and_a_recipe():
         minisam.plan("lean")
 
 
+def test_an_adapter_that_four_bits_cannot_have_is_refused_before_phase_one():
+    minisam.check_request(preset("smoke", "adapter.method=dora"), minisam.plan("smoke"), "")
+    with pytest.raises(RecipeError, match="adapter.method = 'dora'.*encoder.bits=4"):
+        minisam.check_request(preset("smoke"), minisam.plan("smoke"), "adapter.method=dora")
+
+
 def test_teacher_and_student_can_be_chosen_by_name():
-    chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7, alpha=1.0, feature="huber", student_px=256)
-    assert (chosen.teacher.dim, chosen.teacher.checkpoint, chosen.student.dim, chosen.inputs.img_size, chosen.seed) == (1024, str(Path("sam.pth").absolute()), 192, 512, 7)
-    assert (chosen.alpha, chosen.feature, chosen.student_px) == (1.0, "huber", 256)
+    chosen = teacher.choose("demo", Inputs(img_size=512), "sam.pth", "vit_l", "vit_t", 7, alpha=1.0, feature="huber")
+    assert (chosen.teacher.dim, chosen.teacher.bits, chosen.teacher.checkpoint, chosen.student.dim, chosen.student.grid, chosen.seed) == (1024, 4, str(Path("sam.pth").absolute()), 192, 32, 7)
+    assert (chosen.inputs.img_size, chosen.alpha, chosen.feature) == (512, 1.0, "huber")
     assert teacher.choose("demo", Inputs()).teacher == PRESETS["demo"].teacher
     with pytest.raises(RecipeError, match="no 'vit_x': known are vit_h"):
         teacher.choose("demo", Inputs(), teacher_kind="vit_x")

@@ -139,6 +139,13 @@ def test_a_state_that_does_not_fit_changes_no_modality(three):
     assert all(torch.equal(logits(three.use(name)), before[name]) for name in three.names)
 
 
+def test_factors_of_another_method_are_refused_and_each_modality_is_seen_at_its_own_size(three):
+    with pytest.raises(RecipeError, match="trained with adapter.method = 'rslora': expected 'lora'"):
+        three.add("t1", trained(5).trained_state(), recipe=RECIPE.with_overrides("adapter.method=rslora"))
+    three.add("pet", trained(5).trained_state(), recipe=RECIPE.with_overrides("inputs.img_size=32"))
+    assert [three.use(name).recipe.inputs.img_size for name in ("pet", "t1")] == [32, 64]
+
+
 @pytest.mark.parametrize("name", ["default", "a.b", "../t1", "T1", ""])
 def test_names_that_no_folder_or_module_can_have_are_refused(three, name):
     with pytest.raises(InputError, match="expected a name"):

@@ -130,7 +130,7 @@ def test_a_lost_folder_stops_nothing_is_said_once_and_loses_nothing(run, capsys)
     assert sorted(step for tag, step in scalars(run) if tag == "loss/train") == [1, 2, 3, 4, 5]
 
 
-def test_a_disk_that_fails_in_the_middle_of_a_record_leaves_a_whole_file(run, monkeypatch):
+def test_a_disk_that_fails_in_the_middle_of_a_record_leaves_a_whole_file(run):
     with Monitor(run, RECIPE, CPU) as watch:
         watch.epoch([validated(1)], True, 8)
         watch._events._join()

@@ -30,9 +30,13 @@ def test_the_parameter_budget_is_the_networks_own():
     assert "\n".join(rows) in README
 
 
-def test_every_make_target_of_the_readme_exists():
+def test_every_make_command_of_the_readme_can_be_made():
     targets = set(re.findall(r"make (\w+)", README))
     assert targets <= set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines() if line.startswith("make ")]
+    for command in commands:
+        done = subprocess.run(["bash", "-c", command.replace("make ", "make -n ", 1)], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0 and len(commands) > 20, (command, done.stderr)
 
 
 def test_values_reach_a_command_as_they_were_typed(tmp_path):

@@ -94,7 +94,7 @@ def test_a_network_of_volumes_has_the_same_weights_for_the_same_seed_and_all_of_
     assert counts["trainable"] == counts["total"] == sum(p.numel() for p in one.parameters()) and counts["share_percent"] == 100
 
 
-def test_the_validation_loss_is_that_of_patches_drawn_as_for_training_and_dice_that_of_whole_boxes(new_run, monkeypatch):
+def test_the_validation_loss_is_that_of_patches_drawn_as_for_training_and_dice_that_of_whole_boxes(new_run):
     recipe = new_run("run").recipe()
     labels = torch.zeros(32, 48, 32, dtype=torch.uint8)
     labels[4:12, 4:12, 4:12], labels[20:28, 30:38, 20:28] = 1, 2

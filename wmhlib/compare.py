@@ -197,8 +197,10 @@ def numbers(text: str | int, name: str) -> list[int]:
 
 def over_seeds(scores: pd.DataFrame) -> pd.DataFrame:
     """Each system's mean score, and volumes, of each case over the seeds: a metrics table for `agreement` and `report`. A score that a seed lacks
-    is lacking in the mean."""
+    is lacking in the mean; but for Dice where only some seeds find nothing in a case without a lesion, which counts as 1 (`agreement.compare_systems`)."""
     values = [name for name in (*SCORES, *VOLUMES) if name in scores]
+    empty = scores.assign(empty=scores.dsc.isna()).groupby(["system", "case"]).empty.transform("all")
+    scores = scores.assign(dsc=scores.dsc.where(empty, scores.dsc.fillna(1)))
     return scores.groupby(["system", "case"], sort=False, as_index=False)[values].agg(lambda seeds: seeds.mean(skipna=False))
 
 

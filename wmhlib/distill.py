@@ -61,7 +61,7 @@ def distill(settings: Distillation, train: list[CaseSlices], val: list[CaseSlice
     """Train the student on the slices of `train`; go on from the newest checkpoint in `folder`, ending as if never interrupted.
 
     Writes embeddings.npy (the cache), history.csv, checkpoints and at the end student.safetensors. Returns the history, a row an
-    epoch: `lr`; `loss`, `feature` and `mask`, means over training slices; the same of validation slices as val_*;
+    epoch: `lr`; `loss`, `feature` and `mask`, means over training slices (`mask` over batches with something to ask for); the same of validation slices as val_*;
     `val_agreement`, the mean Dice of student's and teacher's masks at the same prompts; `val_dice` and `val_teacher_dice`, those
     against the prompted objects. Raises CheckpointError where the folder belongs to another distillation, InputError without slices,
     WMHError for a loss that is not finite.
@@ -139,6 +139,7 @@ class _Job:
                "px": settings.inputs.img_size, "data": self.data}
         self.kept: Embeddings = cached(path, key, len(self.items), self._embed, settings.training.batch_size, progress)
         self.mean, self.std = self.kept.mean.to(self.device), self.kept.std.to(self.device)
+        self.teacher.encoder = None  # has done its part
 
     def load(self, state: dict) -> list[dict]:
         self.student.load_state_dict(state["student"])
@@ -153,7 +154,7 @@ class _Job:
         generator = torch.Generator().manual_seed(stable_seed(settings.seed, "epoch", epoch))
         order = torch.randperm(self.count, generator=generator)
         order = order + self.count * torch.randint(1 + settings.mirror, (self.count,), generator=generator)
-        steps, sums, lr = order.split(training.batch_size), torch.zeros(3, dtype=torch.float64), 0.0
+        steps, found, lr = order.split(training.batch_size), [], 0.0
         self.student.train()
         for step, some in enumerate(steps):
             lr = learning_rate(epoch - 1 + (step + 0.5) / len(steps), training)
@@ -169,36 +170,34 @@ class _Job:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
-            sums += len(some) * torch.stack(losses).detach().double().cpu()
-        return dict(lr=lr) | dict(zip(("loss", "feature", "mask"), (sums / self.count).tolist()))
+            found.append((len(some), torch.stack(losses).detach().cpu()))
+        return dict(lr=lr) | dict(zip(("loss", "feature", "mask"), _means(found)))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The losses on validation slices and the Dice of their masks, always at the same prompts."""
         self.student.eval()
-        generator, sums, dice = torch.Generator().manual_seed(stable_seed(self.settings.seed, "validation")), torch.zeros(3, dtype=torch.float64), []
+        generator, found, dice = torch.Generator().manual_seed(stable_seed(self.settings.seed, "validation")), [], []
         for some in cut(list(self.checked), self.settings.training.batch_size):
             losses, masks = self._losses(some, generator)
-            sums += len(some) * torch.stack(losses).double().cpu()
+            found.append((len(some), torch.stack(losses).cpu()))
             if masks:
                 student, teacher, objects = masks
                 dice.append(torch.stack([_dice(student, teacher), _dice(student, objects), _dice(teacher, objects)], 1))
         scores = torch.cat(dice).nanmean(0).tolist() if dice else [float("nan")] * 3
-        return dict(zip(("val_loss", "val_feature", "val_mask"), (sums / len(self.checked)).tolist())) | dict(
+        return dict(zip(("val_loss", "val_feature", "val_mask"), _means(found))) | dict(
             zip(("val_agreement", "val_dice", "val_teacher_dice"), scores))
 
     def _losses(self, places: list[int], generator: torch.Generator) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor] | None]:
-        """Loss, feature and mask loss of the items at `places`, and the masks of student, teacher and truth (bool N x S x S), where there are any."""
+        """Loss, feature and mask loss (NaN where no mask was asked for) of the items at `places`, and the masks of student, teacher and truth (bool N x S x S), where there are any."""
         settings = self.settings
         images, labels = self._slices(places)
-        target, seen = self.kept[places].to(self.device), self._sized(self._three(images))
+        target, seen = self.kept[places].to(self.device), self._three(images)
         with autocast(self.device, self.precision):
             features = self.student(seen)
         feature = feature_loss(features, target, self.mean, self.std, settings.feature)
-        if settings.alpha == 1:
-            return [feature, feature, feature.new_zeros(())], None
-        if not ((labels == 1) | (labels > 2)).any():
-            return [settings.alpha * feature, feature, feature.new_zeros(())], None
+        if settings.alpha == 1 or not ((labels == 1) | (labels > 2)).any():  # nothing to ask for
+            return [settings.alpha * feature, feature, feature.new_tensor(torch.nan)], None
         objects, owner = draw_parts(labels, generator, settings.prompts)
         prompts = draw_prompts(objects, owner, generator).to(self.device)
         with autocast(self.device, self.precision):
@@ -228,9 +227,12 @@ class _Job:
         with autocast(self.device, self.precision):
             return self.teacher.encoder(images)
 
-    def _sized(self, x: Tensor) -> Tensor:
-        side = self.settings.student_px or x.shape[-1]
-        return x if side == x.shape[-1] else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+def _means(found: list[tuple[int, Tensor]]) -> list[float]:
+    """Means of losses, of which `found` has the number of slices and their values for each batch; NaNs do not count."""
+    values = torch.stack([losses for _, losses in found]).double()
+    weights = torch.tensor([[n] for n, _ in found]) * ~values.isnan()
+    return ((weights * values.nan_to_num()).sum(0) / weights.sum(0)).tolist()
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

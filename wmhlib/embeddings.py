@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,12 @@ from .errors import InputError
 from .fetch import need_space
 from .files import atomic, read_json, write_atomic
 from .medsam import CHANNELS
+from .storage import remote
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """maps: float16 N x 256 x h x w, mapped from the file; mean and std: float32 1 x 256 x 1 x 1, of each channel over all of them."""
+    """maps: float16 N x 256 x h x w, mapped from a file; mean and std: float32 1 x 256 x 1 x 1, of each channel over all of them."""
 
     maps: np.ndarray
     mean: Tensor
@@ -48,7 +51,21 @@ def cached(path: str | Path, key: dict, count: int, compute: Callable[[range], T
         mean, std = _compute(path, count, compute, batch, progress)
         write_atomic(about, json.dumps(key | {"count": count, "mean": mean.tolist(), "std": std.tolist()}) + "\n")
     kept = read_json(about)
-    return Embeddings(np.load(path, mmap_mode="r"), *(torch.tensor(kept[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("mean", "std")))
+    return Embeddings(_near(path), *(torch.tensor(kept[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("mean", "std")))
+
+
+def _near(path: Path) -> np.ndarray:
+    """The maps in `path`, mapped; of a file on Drive or a network from a copy on the local disk, which ends with the process: there a page that
+    cannot be read any more would kill it."""
+    if not remote(path):
+        return np.load(path, mmap_mode="r")
+    need_space(Path(tempfile.gettempdir()), path.stat().st_size)
+    with open(path, "rb") as far, tempfile.TemporaryFile() as near:
+        shutil.copyfileobj(far, near, 1 << 24)
+        near.seek(0)
+        np.lib.format.read_magic(near)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(near)
+        return np.memmap(near, dtype, "r", near.tell(), shape)
 
 
 def _unfit(path: Path, about: Path, key: dict, count: int) -> str:

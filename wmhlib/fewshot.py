@@ -56,7 +56,7 @@ def curve(run: RunFolder, counts: Iterable[int] = (1, 5, 20, 100), seeds: Iterab
         print(f"left out: {', '.join(map(str, more))} slices, of which the training cases have {there}", flush=True)
     for count, seed in tqdm([(count, seed) for count in counts if count <= there for seed in seeds], "few-shot runs", mininterval=5):
         point = RunFolder(folder / f"{count}_slices_seed_{seed}").open(few_slices_recipe(recipe, count, seed, overrides)).take_cases(run)
-        scores = _kept(point.path / "scores.json", split, partial(_trained, point))
+        scores = _kept(point.path / "scores.json", network.base_sha256 + split, partial(_trained, point))
         rows.append(dict(system=FEW, slices=count, seed=seed) | scores)
     for name, (origin, segment) in _levels(run, network).items():
         scores = _kept(folder / f"{name}.json", origin + split, partial(_scores, run, segment))

@@ -52,7 +52,6 @@ class Story:
     trained_on: pd.DataFrame  # cohort with the column split
     evaluated: pd.DataFrame
     data: str  # what the evaluated cases are, as `cohort.describe` says it
-    source: str  # the same of the cases trained on
     epochs: int
     best_epoch: int
     counts: dict
@@ -68,8 +67,12 @@ class Story:
         last = int(history.epoch.max())
         best = int(history.epoch[history.val_dice.idxmax()]) if history.val_dice.notna().any() else last
         return cls(recipe=recipe, point=run.point(), trained_on=mine, evaluated=theirs[theirs.split == "test"], data=describe(theirs, recipe.inputs),
-                   source=describe(mine, recipe.inputs), epochs=last, best_epoch=best, counts=counts, external=evaluated.path != run.path,
+                   epochs=last, best_epoch=best, counts=counts, external=evaluated.path != run.path,
                    earlier=run.earlier(), zero_shot=evaluated.metrics_csv.exists() and ZERO_SHOT in set(read_table(evaluated.metrics_csv).system))
+
+    def source(self, *parts: str) -> str:
+        """What the cases of these parts of the split ("train", "val", "test") are, as `data`."""
+        return describe(self.trained_on[self.trained_on.split.isin(parts)], self.recipe.inputs)
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
@@ -85,7 +88,7 @@ class Story:
         lines = {
             "evaluated on": f"{len(self.evaluated)} {self.data}: {_sites(self.evaluated)}",
             "lesion volume": "median {:.1f} mL, {:.1f} to {:.1f}".format(*self.evaluated.lesion_ml.quantile([0.5, 0, 1])),
-            "trained on": f"{parts.get('train', 0)} {self.source}, chosen on {parts.get('val', 0)}: "
+            "trained on": f"{parts.get('train', 0)} {self.source('train')}, chosen on {parts.get('val', 0)} {self.source('val')}: "
                           f"{_sites(self.trained_on[self.trained_on.split != 'test'])}"
                           + f"; started from weights that {len(self.earlier)} cases had made: {_sites(self.earlier)}" * (len(self.earlier) > 0),
             "split": f"{_protocol(recipe)}, seed {recipe.seed}",
@@ -112,9 +115,10 @@ class Story:
         what, drawn = story.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
         kept = f"The weights of epoch {self.best_epoch} were kept" + f", averaged over the steps (decay {training.ema:g})" * bool(training.ema)
         begun = f"Training started from weights that {len(self.earlier)} cases ({_sites(self.earlier)}) had trained or chosen. " * (len(self.earlier) > 0)
+        apart = f"trained on {self.source('train')}, validated on {self.source('val')}; " * (self.source("train") != self.source("val"))
         text = (
-            f"{len(self.trained_on)} {self.source} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
-            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed})"
+            f"{len(self.trained_on)} {self.source('train', 'val', 'test')} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
+            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases ({apart}seed {recipe.seed})"
             f"{_SUBJECTS * (not images)}. Input was {story.inputs(recipe) if whole else _normalised(recipe)}. "
             f"{story.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
             f"was the sum of {_loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
@@ -149,9 +153,8 @@ class Story:
             points.append(f"{len(alike)} of the people have the label of one who trained or chose ({some(sorted(alike))}): where they are the same, these figures flatter.")
         if "synthetic" in self.data:
             points.append("The cases are synthetic. The figures show that the method works, not how well it does on patients.")
-        elif "synthetic" in self.source:
-            chosen = describe(self.trained_on[self.trained_on.split == "val"], self.recipe.inputs)
-            points.append("The network was trained on synthetic cases" + ", its operating point was chosen on them" * ("synthetic" in chosen) + ".")
+        elif "synthetic" in self.source("train"):
+            points.append("The network was trained on synthetic cases" + ", its operating point was chosen on them" * ("synthetic" in self.source("val")) + ".")
         if not self.recipe.volume.network and self.recipe.encoder.random and not self.recipe.encoder.checkpoint:
             points.append("The encoder started from random weights, not from those of MedSAM.")
         if self.external:

@@ -15,8 +15,7 @@ from .sections import Encoder, Loss
 from .settings import Recipe
 from .workspace import RunFolder
 
-RANK = 8
-RANKS = f"adapter.method=lora adapter.rank_attention={RANK} adapter.rank_mlp={RANK}"
+RANKS = "adapter.method=lora adapter.rank_attention=8 adapter.rank_mlp=8"
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def plan(preset: str) -> Plan:
 
 def adapted_recipe(recipe: Recipe, encoder: Encoder, overrides: str = "") -> Recipe:
     """`recipe` for `encoder` under LoRA of rank 8, with cross-entropy + Dice as its loss; whoever is compared gets the same."""
-    adapter = replace(recipe.adapter, method="lora", rank_attention=RANK, rank_mlp=RANK, neck=False)
-    return replace(recipe.afresh(), encoder=encoder, adapter=adapter, loss=PLAIN_LOSS).with_overrides(overrides)
+    lora = recipe.afresh().with_overrides(f"{RANKS} adapter.neck=false")  # before the encoder, whose 4 bits go with few methods
+    return replace(lora, encoder=encoder, loss=PLAIN_LOSS).with_overrides(overrides)
 
 
 def modality_recipe(base: Recipe, name: str, overrides: str = "") -> Recipe:
@@ -69,7 +68,7 @@ def check_request(recipe: Recipe, plan: Plan, overrides: str) -> None:
     """RecipeError, before the hours of phase 1, for what a later part of notebook 08 cannot do with a run of this `recipe`."""
     if recipe.inputs.images or recipe.inputs.t1_alone or recipe.volume.network:
         raise RecipeError("notebook 08 adapts networks of FLAIR slices to synthetic heads of other contrasts: name a run of FLAIR scans")
-    adapted = adapted_recipe(recipe, recipe.encoder, f"{plan.adapt} {overrides}")
+    adapted = adapted_recipe(recipe, replace(recipe.encoder, bits=4), f"{plan.adapt} {overrides}")
     few_slices_recipe(adapted, 1, 0, plan.few)
     for name in plan.names:
         modality_recipe(adapted, name, plan.modalities)

@@ -45,7 +45,7 @@ class Modalities:
     def __init__(self, recipe: Recipe):
         if recipe.adapter.method != "lora":
             raise RecipeError(f"setting adapter.method = {recipe.adapter.method!r} leaves no adapter to switch: expected 'lora'")
-        self.network = WMHNet(recipe)
+        self.recipe, self.network = recipe, WMHNet(recipe)
         self._parts: dict[str, dict[str, nn.Module]] = {_NEW: {name: part for name, part in self.network.named_children() if name != "encoder"}}
         self._recipes: dict[str, Recipe] = {}
 
@@ -64,14 +64,18 @@ class Modalities:
         self.network.encoder.set_adapter(name)
         for part, module in self._parts[name].items():
             setattr(self.network, part, module)
+        self.network.recipe = self._recipes.get(name, self.recipe)
         return self.network.eval()
 
     def add(self, name: str, state: dict[str, Tensor], source: str | Path = "the state", recipe: Recipe | None = None) -> None:
         """Add modality `name`, or replace it, by what `WMHNet.trained_state` gives; `recipe`: what it was trained by, if known.
-        Raises InputError for a name that no folder and no module can have, CheckpointError with each key of `state` that does
-        not fit."""
+        Raises InputError for a name that no folder and no module can have, RecipeError for what was trained by another method than LoRA,
+        CheckpointError with each key of `state` that does not fit."""
         if not re.fullmatch(r"[a-z][a-z0-9_]+", name) or name == _NEW:
             raise InputError(f"modality {name!r}: expected a name of small letters, digits and underscores")
+        recipe = recipe or self.recipe
+        if recipe.adapter.method != "lora":  # rsLoRA's and PiSSA's factors have the same shapes and mean something else
+            raise RecipeError(f"{source} was trained with adapter.method = {recipe.adapter.method!r}: expected 'lora'")
         encoder = self._use(_NEW).encoder
         self.network.load_trained_state(state, source)
         if name not in encoder.peft_config:
@@ -80,12 +84,12 @@ class Modalities:
         layers = [layer for layer in encoder.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
         for factors in (factors for layer in layers for factors in (layer.lora_A, layer.lora_B)):
             factors[name].load_state_dict(factors[_NEW].state_dict())
-        self._parts[name], self._recipes[name] = copy.deepcopy(self._parts[_NEW]), recipe or self.network.recipe
+        self._parts[name], self._recipes[name] = copy.deepcopy(self._parts[_NEW]), recipe
         self.use(name)
 
     def add_run(self, name: str, run: RunFolder) -> None:
         """Add the best weights of a run as modality `name`. Raises CheckpointError where they were trained on another base."""
-        network, _ = load_network(run.need(run.best, "03_train"), self.network.recipe.encoder.checkpoint)
+        network, _ = load_network(run.need(run.best, "03_train"), self.recipe.encoder.checkpoint)
         self._check_base(network.base_sha256, network.recipe.encoder.bits, run.best)
         self.add(name, network.trained_state(), run.best, network.recipe)
 
@@ -95,7 +99,7 @@ class Modalities:
         for name, recipe in self._recipes.items():
             adapter = save({key: value.cpu().contiguous() for key, value in peft.get_peft_model_state_dict(encoder, adapter_name=name).items()},
                            {"format": "pt"})
-            about = {"recipe": recipe.to_json(), "base_sha256": self.network.base_sha256, "bits": self.network.recipe.encoder.bits,
+            about = {"recipe": recipe.to_json(), "base_sha256": self.network.base_sha256, "bits": self.recipe.encoder.bits,
                      "adapter_sha256": hashlib.sha256(adapter).hexdigest()}
             rest = {f"{part}.{key}": value.cpu().contiguous() for part, module in self._parts[name].items() for key, value in module.state_dict().items()}
             with tempfile.TemporaryDirectory() as scratch:
@@ -124,7 +128,7 @@ class Modalities:
         return [place.name for place in places]
 
     def _check_base(self, base: str, bits: int, source: str | Path) -> None:
-        own = self.network.base_sha256, self.network.recipe.encoder.bits
+        own = self.network.base_sha256, self.recipe.encoder.bits
         if (base, bits) != own:
             raise CheckpointError(f"{source} was trained on the base {str(base)[:12]} at {bits} bits, this one is {own[0][:12]} at {own[1]} bits: "
                                   "give the checkpoint that it was trained on")
@@ -154,13 +158,13 @@ def train(folder: str | Path, base: Recipe, names: tuple[str, ...], overrides: s
 
 
 def cross_table(modalities: Modalities, runs: dict[str, RunFolder]) -> pd.DataFrame:
-    """Mean Dice, at 0.5 and with one view, of each adapter (rows) on the validation cases of each run (columns); cases without a
+    """Mean Dice, at 0.5 and with one view, of each adapter (rows) on the test cases of each run (columns), which chose no epoch; cases without a
     lesion in reference and result are left out."""
     table = pd.DataFrame(index=pd.Index(modalities.names, name="adapter"), columns=list(runs), dtype=float)
     for name in modalities.names:
         engine = WMHInferenceEngine(modalities.use(name))
         for column, run in runs.items():
-            table.loc[name, column] = np.nanmean([plain_dice(row, engine.plain_mask, engine.recipe.inputs) for row in run.cases().query("split == 'val'").itertuples()])
+            table.loc[name, column] = np.nanmean([plain_dice(row, engine.plain_mask, engine.recipe.inputs) for row in run.cases().query("split == 'test'").itertuples()])
     return table
 
 
@@ -176,6 +180,6 @@ def cross_figure(table: pd.DataFrame) -> Figure:
             ax.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, edgecolor=ORANGE, linewidth=2))
     ax.set_xticks(range(len(table.columns)), table.columns)
     ax.set_yticks(range(len(table)), table.index)
-    ax.set(xlabel="modality of the validation cases", ylabel="adapter")
+    ax.set(xlabel="modality of the test cases", ylabel="adapter")
     ax.grid(visible=False)
     return fig

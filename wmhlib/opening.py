@@ -82,7 +82,7 @@ def open_tuning(run: RunFolder, data: str, out: str = "", root: str = "runs") ->
     content = tensors_bytes(state, origin | {"split": split[["case", "split"]].to_csv(index=False)})
     if folder.best.exists() and folder.best.read_bytes() != content or folder.checkpoints.exists():
         raise InputError(f"{folder.path} holds another run: nothing is written over it; choose another folder for these weights with the point of {data}")
-    folder.open(replace(recipe, operating=replace(recipe.operating, prefer="centre"), split=replace(recipe.split, protocol="given")))
+    folder.open(replace(recipe, operating=replace(recipe.operating, prefer="centre"), split=replace(recipe.split, protocol="given", held_out="", fold=0)))
     seen = run.seen()
     write_table(seen[~seen["digest"].isin(train["digest"])], folder.earlier_csv)
     write_table(both, folder.cohort_csv)

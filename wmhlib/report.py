@@ -116,6 +116,8 @@ def tell(table: pd.DataFrame, name: str, data: str, n: int) -> None:
     if word is not str:
         named = table.index if table.index.name == "case" else table.index.map(word)
         table = table.set_axis(named.rename(word(table.index.name or "")), axis=0).rename(columns=word)
+        if "left out" in table:  # names scores and their units
+            table = table.assign(**{"left out": [word(str(cell)) for cell in table["left out"]]})
     captioned(table, caption(name, data, n))
 
 

@@ -5,7 +5,8 @@ With W = U S V^T, of rank n, singular values in falling order:
     S-SAM (Paranjape et al. 2024): W' = U diag(max(a S + b, 0)) V^T
     SALT (Elsayed et al. 2025):    W' = U M V^T, M = diag(max(a S_k + b, 0)) on the top k values, diag(S_r) + X Y on the n - k others
 
-so that S-SAM is SALT with k = n. Both are W' = W + B A with few rows of A:
+so that S-SAM is SALT with k = n. SALT's own code differs in three things: it clips all of M at 0, the entries of X Y too, draws Y at random as
+it does X, so that training does not begin with the base, and adds the size of the change to the loss. Both are W' = W + B A with few rows of A:
 
     A = [V_k^T; Y V_r^T], (k + r) x in     B = [U_k diag(d), U_r X], out x (k + r)     d = max(a S_k + b, 0) - S_k
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, RecipeError
-from .medsam import build_encoder, load_checkpoint
+from .medsam import PATCH, build_encoder, load_checkpoint
 from .network import base_channel_adapter
 from .presets import MINI
 from .promptable import Promptable, promptable_of, three_channels
@@ -19,8 +19,8 @@ from .sections import SHIPPED, Encoder, Inputs, Training, require
 from .weights import weights_sha256
 
 ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
-    "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), random=True, pixels="sam"),
-    "vit_l": Encoder(1024, 24, 16, (5, 11, 17, 23), random=True, pixels="sam"),
+    "vit_h": Encoder(1280, 32, 16, (7, 15, 23, 31), bits=4, random=True, pixels="sam"),  # in 4 bits, where it teaches
+    "vit_l": Encoder(1024, 24, 16, (5, 11, 17, 23), bits=4, random=True, pixels="sam"),
     "vit_b": Encoder(random=True),  # MedSAM's
     "sam_vit_b": Encoder(random=True, pixels="sam"),
     "vit_t": Encoder(192, 12, 3, (2, 5, 8, 11), random=True),
@@ -31,14 +31,12 @@ ENCODERS = {  # by name: SAM's three, MedSAM's, and smaller ones
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distillation does. `alpha` weighs the feature loss, 1 - alpha the mask loss; `student_px` is the side of the student's
-    input (0: that of the canvas); `prompts` are drawn for each slice and step. Of `training` the loop uses epochs, batch_size, lr
-    and its schedule, weight_decay, betas, clip_norm, checkpoint_epochs, precision, slices, and the shares of slices without a
-    lesion."""
+    """What a distillation does. `alpha` weighs the feature loss, 1 - alpha the mask loss; `prompts` are drawn for each slice and
+    step. Of `training` the loop uses epochs, batch_size, lr and its schedule, weight_decay, betas, clip_norm, checkpoint_epochs,
+    precision, slices, and the shares of slices without a lesion."""
 
     teacher: Encoder
     student: Encoder
-    student_px: int = 0
     alpha: float = 0.5
     feature: str = "mse"  # or "huber"
     temperature: float = 2.0
@@ -49,7 +47,6 @@ class Distillation:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self):
-        require(self.student_px >= 0 and self.student_px % 16 == 0, "distillation.student_px", self.student_px, "a multiple of 16, or 0")
         require(0 <= self.alpha <= 1, "distillation.alpha", self.alpha, "0 to 1")
         require(self.feature in ("mse", "huber"), "distillation.feature", self.feature, "'mse' or 'huber'")
         require(self.temperature > 0, "distillation.temperature", self.temperature, "above 0")
@@ -57,8 +54,8 @@ class Distillation:
 
 
 PRESETS = {
-    # ViT-H, or whatever file `teacher.checkpoint` names, teaches a ViT of 5.4 million parameters at 512 px.
-    "colab": Distillation(replace(ENCODERS["vit_h"], bits=4, random=False), ENCODERS["vit_t"],
+    # ViT-H, or whatever file `teacher.checkpoint` names, teaches a ViT-Tiny.
+    "colab": Distillation(replace(ENCODERS["vit_h"], random=False), ENCODERS["vit_t"],
                           training=Training(60, 8, 1, 1e-3, warmup_epochs=3, restart_epochs=57, checkpoint_epochs=5, precision="bf16")),
     # The shipped base teaches one of less than half its size: minutes on two cores.
     "demo": Distillation(replace(ENCODERS["small"], checkpoint=SHIPPED, random=False), ENCODERS["tiny"], inputs=Inputs(img_size=208, fov=208.0),
@@ -71,21 +68,22 @@ PRESETS = {
 
 def choose(preset: str, inputs: Inputs, teacher: str = "", teacher_kind: str = "", student_kind: str = "", seed: int = 42, **changes) -> Distillation:
     """The distillation called `preset` on slices as `inputs` has them; where given, with the file `teacher` as teacher, whose encoder is
-    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), which sees what its teacher sees.
+    `teacher_kind`, and a student of `student_kind` (both names of ENCODERS), whose own size is that of these slices.
     `changes`: other fields of it. Raises RecipeError for a name that is not known, and an impossible value."""
     for name, known in ((preset, PRESETS), (teacher_kind or "tiny", ENCODERS), (student_kind or "tiny", ENCODERS)):
         if name not in known:
             raise RecipeError(f"there is no {name!r}: known are {', '.join(known)}")
 
     def named(kind: str, own: Encoder) -> Encoder:
-        return replace(ENCODERS[kind], bits=own.bits, random=own.random) if kind else own
+        return replace(ENCODERS[kind], random=own.random) if kind else own
 
     settings = PRESETS[preset]
     encoder, student = named(teacher_kind, settings.teacher), named(student_kind, settings.student)
     if teacher:
         path = teacher if teacher == SHIPPED else str(Path(teacher).expanduser().absolute())
         encoder = replace(encoder, checkpoint=path, random=False)
-    return replace(settings, teacher=encoder, student=replace(student, pixels=encoder.pixels), inputs=inputs, seed=seed, **changes)
+    student = replace(student, bits=16, pixels=encoder.pixels, grid=inputs.img_size // PATCH)
+    return replace(settings, teacher=encoder, student=student, inputs=inputs, seed=seed, **changes)
 
 
 class Teacher(nn.Module):

@@ -51,8 +51,8 @@ class Subject:
     batch: int = 1
 
     def build(self, device: torch.device) -> nn.Module:
-        """The encoder, frozen, its matrices in the precision; without a checkpoint with random weights, which cost the same."""
-        encoder = build_encoder(self.encoder, 0).eval().requires_grad_(False)
+        """The encoder, frozen, its matrices in the precision; with random weights, which cost the same."""
+        encoder = build_encoder(dataclasses.replace(self.encoder, checkpoint=""), 0).eval().requires_grad_(False)
         if self.precision == "nf4":
             return quantise(encoder).to(device)
         if self.precision == "bf16":
@@ -86,8 +86,8 @@ def gflop(encoder: Encoder, px: int) -> float:
 
 
 def inference_memory(subjects: list[Subject]) -> list[dict[str, float]]:
-    """Of each, MB of a fresh process: `libraries_mb` before the encoder is built, `loaded_mb` with it, `peak_mb` the most while a
-    pass runs (all of the process; on a GPU its tensors alone)."""
+    """Of each, MB of a fresh process: `libraries_mb` before the encoder is built (on a GPU 0, whose tensors alone count), `peak_mb` the
+    most while a pass runs."""
     return measured_apart("wmhlib.bench.claims", [dataclasses.asdict(subject) for subject in subjects])
 
 
@@ -170,7 +170,7 @@ def _why(row, held: pd.Series) -> str:
     reasons = (
         f"Dice {row.dice:.3f} against {row.teacher_dice:.3f}",
         f"{row.weight_mb:.0f} MB in {row.precision} are {100 * (1 - row.weight_saved):.0f} % of ViT-H's in fp32" + ("; in NF4 it holds or comes nearest" if row.precision != "nf4" else ""),
-        f"the process peaks at {row.peak_mb:.0f} MB, {row.libraries_mb:.0f} of them libraries",
+        f"the peak is {row.peak_mb:.0f} MB" + (f", {row.libraries_mb:.0f} of them libraries" if row.libraries_mb else ""),
         f"{row.gflop_256:.0f} GFLOP at 256 px, which no precision changes: only a smaller encoder does",
         f"{row.operations_ratio:.1f}x fewer operations are {row.latency_ratio:.1f}x less time at equal technique"
         + ("; NF4 unpacks its weights in every pass: it saves memory, not time" if row.precision == "nf4" else ""))
@@ -214,13 +214,12 @@ def _decoder_gflop(px: int) -> float:
 def _measure(given: dict) -> dict[str, float]:
     """`inference_memory` of one subject (as a dict), in this process."""
     process, device = psutil.Process(), best_device()
-    libraries, encoder = process.memory_info().rss, given["encoder"]
+    libraries, encoder = process.memory_info().rss if device.type == "cpu" else 0, given["encoder"]
     subject = Subject(**given | {"encoder": Encoder(**encoder | {"global_blocks": tuple(encoder["global_blocks"])})})
     module, image = subject.build(device), subject.image(device)
-    loaded = process.memory_info().rss
     hardware.reset_peak(device)
     subject.run(module, image)
-    return {"libraries_mb": 1e-6 * libraries, "loaded_mb": 1e-6 * loaded, "peak_mb": 1e-6 * hardware.measured_peak(device)}
+    return {"libraries_mb": 1e-6 * libraries, "peak_mb": 1e-6 * hardware.measured_peak(device)}
 
 
 if __name__ == "__main__":

@@ -51,17 +51,17 @@ CAPTIONS = {
         "decoder. Good: both losses fall together, and the student's masks come as close to the objects as the teacher's.",
     "dice":
         "Dice of whole scans, {data}: one view at 0.5, no filter, nothing chosen on them. Teacher and student were adapted by the same recipe on the "
-        "same cases, the student in NF4, as is a ViT-H teacher. Good: points above the dashed line.",
+        "same cases, the student in NF4, as are teachers of the size of ViT-H and ViT-L; scans are predicted with these matrices unpacked once. Good: points above the dashed line.",
     "fewshot":
         "Dice over the number of labelled slices trained on, {data}. Lines across need no training, or all of it. Good: a curve that nears the level of all slices early.",
     "cross":
-        "Mean Dice of each adapter (rows) on validation cases of each modality (columns), {data}; all adapters on one frozen base, the frame marks the "
+        "Mean Dice of each adapter (rows) on test cases of each modality (columns), {data}; all adapters on one frozen base, the frame marks the "
         "best of a column. Good: the frames lie on the diagonal.",
     "claims":
-        "Image encoders on {data}, batches of one image. Weights are counted from the tensors in memory, NF4's scales among them, and saved against ViT-H in fp32; the peak is that of all of a fresh process during one "
+        "Image encoders, alone and without adapters, on {data}, batches of one image. Weights are counted from the tensors in memory, NF4's scales among them, and saved against ViT-H in fp32; the peak is that of all of a fresh process during one "
         "pass (on a GPU its tensors alone); operations as torch's FlopCounterMode counts them (a MAC is 2 of them), then with decoder and image skip; times are medians, all encoders in turns in one "
-        "run, against the teacher at equal size and precision (NF4 against bf16). ViT-H and ViT-B have random weights, which cost the same: their "
-        "Dice is empty. Dice is measured where both sides were adapted.",
+        "run, against the teacher at equal size and precision (NF4 against bf16). All have random weights here, which cost the same. Dice is that of teacher and student, adapted; "
+        "it is empty elsewhere.",
     "reached":
         "Each claim in each row, in the order of the heads: " + "; ".join(TARGETS) + ". Empty where it was not measured or is not about this pair. "
         "Good: yes; a no says why.",
