@@ -76,7 +76,7 @@ write_table(table, run.search_csv)
 # limit above which a case is flagged as unsure are chosen on the same cases.
 
 # %%
-point = search.choose(table, validation, recipe.operating.prefer) | {"weights_sha256": engine.model.fingerprint()}
+point = search.choose(table, validation, recipe.operating.prefer) | {"views": engine.recipe.operating.views, "weights_sha256": engine.model.fingerprint()}
 write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
 
 # %% [markdown]

@@ -8,7 +8,7 @@ import torch
 
 from wmhlib.batches import with_context
 from wmhlib.engine import VIEWS, WMHInferenceEngine, turn, unturn
-from wmhlib.errors import CheckpointError, InputError, MissingStepError
+from wmhlib.errors import CheckpointError, InputError, MissingStepError, WMHError
 from wmhlib.files import write_atomic, write_table
 from wmhlib.network import WMHNet, load_network
 from wmhlib.phantom import write_cohort
@@ -161,16 +161,27 @@ def test_weights_trained_on_another_split_are_refused(tmp_path):
         WMHInferenceEngine.from_run(run)
 
 
-def test_a_point_that_was_chosen_with_other_weights_is_refused(tmp_path):
+def test_a_point_that_was_chosen_with_other_weights_or_views_is_refused(tmp_path):
     run, model = RunFolder(tmp_path / "run").open(preset("smoke")), network()
     write_atomic(run.best, weights_bytes(model, origin(model)))
     point = {"threshold": 0.4, "min_voxels": 2, "tta": False}
     for chosen_with in ({}, {"weights_sha256": load_network(run.best)[0].fingerprint()}):
         write_atomic(run.operating_point, json.dumps(point | chosen_with))
         assert WMHInferenceEngine.from_run(run).point["threshold"] == 0.4
-    write_atomic(run.operating_point, json.dumps(point | {"weights_sha256": "0" * 64}))
-    with pytest.raises(CheckpointError, match="was chosen with other weights than .*: run notebook 04_search again"):
-        WMHInferenceEngine.from_run(run)
+    for chosen_with, other in (({"weights_sha256": "0" * 64}, "other weights than"), ({"views": 10}, "10 views, .*recipe.json has 2 now")):
+        write_atomic(run.operating_point, json.dumps(point | chosen_with))
+        with pytest.raises(CheckpointError, match=f"was chosen with {other}.*: run notebook 04_search again"):
+            WMHInferenceEngine.from_run(run)
+
+
+def test_a_gpu_whose_memory_is_full_is_told(cohort, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    engine = WMHInferenceEngine(network())
+    monkeypatch.setattr(engine, "_network", full)
+    with pytest.raises(WMHError, match=r"GPU is full: .*operating.batch_size lower.*Tried to allocate 2.00 GiB.\)$"):
+        engine.predict(load_case(cohort.flair[0], inputs=engine.recipe.inputs))
 
 
 def test_weights_come_back_exactly_with_batchnorm_statistics(tmp_path):

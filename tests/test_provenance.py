@@ -65,6 +65,9 @@ def test_a_mask_that_was_edited_is_not_lost(scan, tmp_path, capsys):
     nibabel.save(nibabel.Nifti1Image(np.full(image.shape, 7, np.uint8), image.affine), path)
     run(engine, flairs, out)
     assert read_table(out / "wmh_volumes.csv").status.tolist() == ["failed", "done"]
+    scan("sub-01_FLAIR.nii.gz", spacing=(1, 1, 2))
+    run(engine, [flair, flairs], out)
+    assert "is another scan than when its mask was edited" in read_table(out / "wmh_volumes.csv").reason[0] and len(engine.seen) == 2
     path.rename(tmp_path / "mine.nii.gz")
     run(engine, flair, out)
     assert len(engine.seen) == 3

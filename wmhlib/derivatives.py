@@ -132,7 +132,11 @@ def predict_scans(engine, scans: pd.DataFrame, out: str | Path, progress: bool =
             name, start, spent = names[scan["flair"]], time.monotonic(), "done before"
             try:
                 made_of, sidecar = provenance.made_of(scan, engine) | made_with, before.get(name)
-                if not (provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind) or provenance.is_edited(out, name, sidecar, kind)):
+                edited = provenance.is_edited(out, name, sidecar, kind)
+                if edited and sidecar["MadeWith"].get("flair_sha256") != made_of["flair_sha256"]:
+                    raise InputError(f"{scan['flair']} is another scan than when its mask was edited by hand: move {bids.paths(out, name, kind)['mask']} away, "
+                                     "so that it can be segmented anew, or put the scan back")
+                if not (edited or provenance.is_done(out, name, sidecar, scan["flair"], made_of, kind)):
                     sidecar = _segment(engine, scan, out, name, made_of, bids.uri(scan["flair"], links))
                     spent = f"{time.monotonic() - start:.0f} s, {sidecar['Result']['skipped_slices']} slices {missing} skipped"
                 rows.append(_known(out, name, sidecar, kind))

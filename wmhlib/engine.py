@@ -19,7 +19,7 @@ from .cohort import load_ventricles
 from .errors import CheckpointError, InputError
 from .metrics import dice_of, filter_components, mask_at, reference_parts
 from .network import load_network
-from .precision import autocast, best_device, native_precision
+from .precision import autocast, best_device, enough_memory, native_precision
 from .sections import Inputs
 from .trained import TrainedNet
 from .uncertainty import case_uncertainty
@@ -90,6 +90,7 @@ class WMHInferenceEngine:
         point = run.point(model.fingerprint()) if at_point and run.operating_point.exists() else None
         return cls(model, device, point=point)
 
+    @enough_memory("leave it to this prediction, or set operating.batch_size lower in recipe.json")
     def predict(self, case: Case, use_tta: bool = True) -> Prediction:
         """Probabilities of every voxel of `case`; slices that show no brain are 0 and skipped, and so is what lies outside the box of a network
         of volumes (`volumetric.windows.predict_box`).

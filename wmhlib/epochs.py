@@ -189,5 +189,6 @@ def _stop(job: Job, cases: list, micros: list[_Places], epoch: int, step: int, r
         about = {"epoch": epoch, "step": step + 1, "reason": reason, many: drawn}
         job.keeper.write(path, tensors_bytes({"images": images.cpu(), "labels": labels.cpu()}, about))
     names = ", ".join(f"{row['case']} {one} {row[one]}" for row in drawn)
+    fp16 = " or, since fp16 holds no large numbers, with training.precision=no" * (job.accelerator.mixed_precision == "fp16")
     raise WMHError(f"training stopped in epoch {epoch}, step {step + 1}: {reason}. The batch with the largest gradient ({names}) is in {path}: look at "
-                   f"it, or train in another run folder with a lower training.lr (now {job.recipe.training.lr:g}); this one would do the same again")
+                   f"it, or train in another run folder with a lower training.lr (now {job.recipe.training.lr:g}){fp16}; this one would do the same again")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+
+from .errors import WMHError
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # as people call them
 
@@ -20,6 +25,15 @@ def native_precision(wanted: str, device: torch.device) -> str:
 def best_device(device: torch.device | str | None = None) -> torch.device:
     """`device`, unless given the GPU where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """WMHError with `advice` where the memory of a GPU is full."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise WMHError(f"the memory of the GPU is full: {advice} ({str(error).splitlines()[0]})") from None
 
 
 def dtype_of(precision: str) -> torch.dtype:

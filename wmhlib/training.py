@@ -33,7 +33,7 @@ from .errors import CheckpointError, InputError, WMHError, some, told
 from .files import read_table, table_bytes
 from .monitor import Monitor
 from .network import build_network
-from .precision import best_device, native_precision
+from .precision import best_device, enough_memory, native_precision
 from .processes import Average, GradientSum, StepStatistics, from_main, main_speaks_first
 from .ranks import Ranks
 from .sections import SHIPPED, Training
@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+@enough_memory("leave it to this training, which goes on from its last checkpoint, or take another run folder with a lower training.batch_size")
 def _train(job: Job, cases: pd.DataFrame, progress: bool) -> list[dict]:
     """All epochs that are left; the history of all."""
     run, settings, keeper = job.run, job.recipe.training, job.keeper

@@ -131,12 +131,14 @@ class RunFolder:
 
     def point(self, weights_sha256: str = "") -> dict:
         """The operating point that 04_search left. MissingStepError where there is none, InputError for impossible values, CheckpointError where it was
-        chosen with weights of another fingerprint than `weights_sha256`."""
+        chosen with other views than the recipe's, or with weights of another fingerprint than `weights_sha256`."""
         point = read_json(self.need(self.operating_point, "04_search"))
         wrong = [f"{name} is {point[name]!r}" for name, fits in _POINT.items() if name in point and not fits(point[name])]
         missing = [f"{name} is missing" for name in ("threshold", "min_voxels", "tta") if name not in point]
         if wrong or missing:
             raise InputError(f"{self.operating_point}: {', '.join(missing + wrong)}: run notebook 04_search again")
+        if "views" in point and point["views"] != (views := self.recipe().operating.views):
+            raise CheckpointError(f"{self.operating_point} was chosen with {point['views']} views, {self.recipe_json} has {views} now: run notebook 04_search again")
         if weights_sha256 and point.get("weights_sha256", weights_sha256) != weights_sha256:
             raise CheckpointError(f"{self.operating_point} was chosen with other weights than {self.best}: run notebook 04_search again")
         return point
@@ -211,7 +213,7 @@ def version(name: str) -> str | None:
 _POINT = {  # what the values of an operating point must be
     "threshold": lambda v: is_number(v) and 0 < v <= 1, "min_voxels": lambda v: type(v) is int and v >= 1,
     "min_mm3": lambda v: is_number(v) and v >= 0, "tta": lambda v: isinstance(v, bool),
-    "n": lambda v: type(v) is int and v >= 1, "se": lambda v: v is None or is_number(v),
+    **dict.fromkeys(("n", "views"), lambda v: type(v) is int and v >= 1), "se": lambda v: v is None or is_number(v),
     **dict.fromkeys(("dsc", "zscore_threshold", "unsure_above", "poor_below"), is_number)}
 
 
