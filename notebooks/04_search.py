@@ -78,6 +78,7 @@ write_table(table, run.search_csv)
 # %%
 point = search.choose(table, validation, recipe.operating.prefer) | {"views": engine.recipe.operating.views, "weights_sha256": engine.model.fingerprint()}
 write_atomic(run.operating_point, json.dumps(point, indent=2) + "\n")
+print(f"operating point in {run.path}")
 
 # %% [markdown]
 # The whole grid, with the plateau, the choice and the recipe's own point marked.

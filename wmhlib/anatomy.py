@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .atlas import Maps, template
-from .volumetric.boxes import resample
+from .volumetric.boxes import resample, splines
 
 AIR, CSF, BONE, MARROW, FAT, MUSCLE, SKIN, GLAND, MUCOSA, FLUID = range(10)
 
@@ -96,7 +96,7 @@ class Patient:
 
     def field(self, *size: float) -> torch.Tensor:
         """Smooth noise of mean 0 and variance about 1 whose bumps are `size` mm wide (one size, or one an axis)."""
-        bases = [_spline((a - a[0]) / s) for a, s in zip(self.axes, size * (3 // len(size)))]
+        bases = [splines((a - a[0]) / s) for a, s in zip(self.axes, size * (3 // len(size)))]
         knots = 3 * torch.randn([b.shape[1] for b in bases], generator=self.generator)
         return resample(knots, [base[part] for base, part in zip(bases, self.box)])
 
@@ -257,13 +257,6 @@ def rotation(*degrees: float) -> np.ndarray:
         step[a, b] = -step[b, a]
         matrix = step @ matrix
     return matrix
-
-
-def _spline(positions: np.ndarray) -> torch.Tensor:
-    """Cubic B-spline basis, positions x knots, knots one apart from -1 on."""
-    away = np.abs(positions[:, None] - np.arange(-1, int(positions.max()) + 3))
-    basis = np.where(away < 1, 2 / 3 - away**2 + away**3 / 2, np.clip(2 - away, 0, None) ** 3 / 6)
-    return torch.from_numpy(basis.astype(np.float32))
 
 
 def _tent(positions: np.ndarray, knots: np.ndarray) -> torch.Tensor:

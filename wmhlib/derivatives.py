@@ -181,12 +181,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def worth_a_look(table: pd.DataFrame, out: str | Path, n: int = 3) -> Iterator[dict]:
-    """The first `n` scans done in `table`, unsure ones before others and then by volume, read back from `out`.
+    """The first `n` scans done in `table`, edited ones among them, unsure ones before others and then by volume, read back from `out`.
 
     What `scanpages.overlay` and `viewer.viewer` show: case, site (here the volume), affine, spacing, flair and, on its
     grid (H x W x D), result (bool), prob and entropy (float32, 0-1).
     """
-    out, done = Path(out).expanduser(), table[table["status"] == "done"]
+    out, done = Path(out).expanduser(), table[table["status"] != "failed"]
     order = done.assign(unsure=done["unsure"].fillna(False)).sort_values(["unsure", "volume_ml"], ascending=False)
     for row in order.head(n).to_dict("records"):
         paths, scan = bids.beside(out / row["page"]), load_volume(out / row["flair"])

@@ -116,7 +116,7 @@ def evaluate(cases: Iterable[dict], point: dict, operating: Operating) -> Evalua
             rows[name] += [who | row for row in more]
         gallery.append(gallery_row(case, masks[SYSTEMS[0]], first["dsc"]) | {name: first[name] for name in ("reference_ml", "result_ml")})
     if not gallery:
-        raise InputError("no case to evaluate: expected at least one with a reference mask")
+        raise InputError("no case to evaluate: expected one with a reference mask at least; a run of make tune has none of its own: name labelled ones (data_dir; DATA= of make evaluate)")
     return Evaluation(**{name: pd.DataFrame(rows[name], columns=TABLES[name]) for name in TABLES}, gallery=gallery)
 
 
@@ -228,7 +228,7 @@ def pooled(runs: Sequence[RunFolder]) -> pd.DataFrame:
     recipes = [run.recipe() for run in runs]
     strange = [run.path for run, recipe in zip(runs, recipes) if replace(recipe, split=recipes[0].split) != recipes[0]]
     if strange:
-        raise InputError(f"{some(strange)} has another recipe than {runs[0].path}: expected runs that differ in their split alone")
+        raise InputError(f"{some(strange)} has another recipe than {runs[0].path}: expected runs that differ in their split alone; compare their recipe.json, where the path encoder.checkpoint counts too")
     table = pd.concat([read_table(run.need(run.metrics_csv, "05_report")).assign(run=str(run.path)) for run in runs], ignore_index=True)
     twice = table.loc[table.duplicated(["case", "system"]), "case"]
     if len(twice):

@@ -71,10 +71,13 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def captioned(shown: Figure | pd.DataFrame, words: str) -> None:
-    """Displays a figure or a table, of which nothing is cut, and `words` (Markdown, one paragraph) as its caption (see `pages`)."""
+def captioned(shown: Figure | pd.DataFrame, words: str, path: str | Path = "") -> None:
+    """Displays a figure, which is kept as `path` where one is given, or a table, of which nothing is cut, and `words` (Markdown, one paragraph)
+    as its caption (see `pages`)."""
     from IPython.display import Markdown, display
 
+    if path:
+        save_figure(shown, path)
     with pd.option_context("display.max_rows", None, "display.max_colwidth", None):
         display(shown, Markdown(words))
 

@@ -74,10 +74,18 @@ class Story:
         """What the cases of these parts of the split ("train", "val", "test") are, as `data`."""
         return describe(self.trained_on[self.trained_on.split.isin(parts)], self.recipe.inputs)
 
+    def tuned(self) -> bool:
+        """Whether the operating point was chosen on other cases than the epoch (`opening.open_tuning`), which leaves no test cases."""
+        return not (self.trained_on.split == "test").any()
+
+    def others(self) -> str:
+        """What the `earlier` cases did."""
+        return "chose the epoch, or had trained or chosen the weights that training started from" if self.tuned() else "had trained or chosen the weights that training started from"
+
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
         known = sorted(set(self.evaluated.site) & {*self.trained_on.site[self.trained_on.split != "test"], *self.earlier.site})
-        what = ("Test cases of the run" if not self.external else "**External validation**: cases of other sites" if not known else
+        what = ("Test cases of the run" if not self.external else "**External validation**: cases of sites with other names than those trained or chosen on" if not known else
                 f"Labelled cases of another folder, of sites that were trained or chosen on too ({', '.join(known)})")
         return f"{what}, n = {len(self.evaluated)} {self.data} ({_sites(self.evaluated)}). Recipe {self.recipe.name}, seed {self.recipe.seed}."
 
@@ -90,8 +98,8 @@ class Story:
             "lesion volume": "median {:.1f} mL, {:.1f} to {:.1f}".format(*self.evaluated.lesion_ml.quantile([0.5, 0, 1])),
             "trained on": f"{parts.get('train', 0)} {self.source('train')}, chosen on {parts.get('val', 0)} {self.source('val')}: "
                           f"{_sites(self.trained_on[self.trained_on.split != 'test'])}"
-                          + f"; started from weights that {len(self.earlier)} cases had made: {_sites(self.earlier)}" * (len(self.earlier) > 0),
-            "split": f"{_protocol(recipe)}, seed {recipe.seed}",
+                          + f"; {len(self.earlier)} others {self.others()}: {_sites(self.earlier)}" * (len(self.earlier) > 0),
+            "split": "as the weights were trained; their operating point on cases of its own" if self.tuned() else f"{_protocol(recipe)}, seed {recipe.seed}",
             **(story.card(recipe) if recipe.volume.network else _card(recipe)),
             "trained parameters": f"{self.counts['trainable']:,} of {self.counts['total']:,} ({self.counts['share_percent']:.2f} %), "
                                   f"{self.counts['trainable_mb_fp32']:.1f} MB in fp32",
@@ -114,24 +122,29 @@ class Story:
         tested = "No scan of the evaluated data was used for training or for choosing the operating point. " if self.external else ""
         what, drawn = story.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
         kept = f"The weights of epoch {self.best_epoch} were kept" + f", averaged over the steps (decay {training.ema:g})" * bool(training.ema)
-        begun = f"Training started from weights that {len(self.earlier)} cases ({_sites(self.earlier)}) had trained or chosen. " * (len(self.earlier) > 0)
-        apart = f"trained on {self.source('train')}, validated on {self.source('val')}; " * (self.source("train") != self.source("val"))
+        begun = f"{len(self.earlier)} other cases ({_sites(self.earlier)}) {self.others()}. " * (len(self.earlier) > 0)
+        chosen = "those other cases" if self.tuned() else "validation cases"
+        if self.tuned():
+            train, val = (self.trained_on[self.trained_on.split == part] for part in ("train", "val"))
+            cases = (f"The network was trained on {len(train)} {self.source('train')} ({_sites(train)}), its operating point chosen on {len(val)} {self.source('val')} "
+                     f"({_sites(val)}), the validation cases below")
+        else:
+            cases = (f"{len(self.trained_on)} {self.source('train', 'val', 'test')} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
+                     f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed}){_SUBJECTS * (not images)}")
         text = (
-            f"{len(self.trained_on)} {self.source('train', 'val', 'test')} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
-            f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases ({apart}seed {recipe.seed})"
-            f"{_SUBJECTS * (not images)}. Input was {story.inputs(recipe) if whole else _normalised(recipe)}. "
+            f"{cases}. Input was {story.inputs(recipe) if whole else _normalised(recipe)}. "
             f"{story.network(recipe, self.counts) if whole else _network(recipe, self.counts)}. The loss "
             f"was the sum of {_loss(recipe)}{', with focal and Dice terms at the four scales' * any(recipe.loss.scale_weights)}{_IGNORED * (not images)}. "
             f"{begun}AdamW (learning rate {training.lr:g}, weight decay {training.weight_decay:g}) ran for {self.epochs} epochs with a batch "
             f"of {training.batch_size * training.accumulation} {what}, warm-up over {training.warmup_epochs:g} and cosine restarts "
             f"every {training.restart_epochs} epochs, {drawn}{_changes(augment, whole)}"
             f"{f'; T1 was left out of {100 * recipe.inputs.modality_dropout:g} % of them' if recipe.inputs.t1_beside else ''}. "
-            f"{story.inference(recipe) * whole}{kept}, whose Dice at 0.5 on {story.KEPT if whole else 'validation slices'} was best. "
+            f"{story.inference(recipe) * whole}{kept}, whose Dice at 0.5 on {'whole' if whole else 'slices of'} {chosen} was best. "
             f"On the {point['n']} validation cases the operating point was taken from the centre of the plateau {NEAR_BEST} Dice"
             f"{_SENSITIVE * (recipe.operating.prefer == 'sensitive')}: probability at least {point['threshold']:g}, {_components(point)}, "
             f"{_views(recipe, point)}. {tested}{len(self.evaluated)} {self.data} ({_sites(self.evaluated)}) were evaluated with the metrics of the WMH "
             "Segmentation Challenge (Kuijf et al. 2019): Dice, 95th percentile of the Hausdorff distance, absolute volume difference, lesion recall and "
-            f"lesion F1 ({8 if images else 26}-connected lesions), beside a threshold of the normalised FLAIR tuned on the same validation cases"
+            f"lesion F1 ({8 if images else 26}-connected lesions), beside the same network at the recipe's own point and at 0.5 in one view, and a threshold of the normalised FLAIR tuned on the same validation cases"
             f"{_ZERO_SHOT if self.zero_shot else ''}. "
             f"{statistics[0].upper()}{statistics[1:]}. {_ZONES * zones}A case was flagged as unsure where plain prediction and the mean over all views differed more than a "
             "limit chosen on the validation cases.")
@@ -147,7 +160,7 @@ class Story:
         points = [f"{n} case{'s' * (n > 1)}: {few}."] * (n < 30)
         people = self.evaluated.subject.nunique()
         if people < n:
-            points.append(f"The {n} cases are of {people} people: scans of one person are alike, and intervals and tests, which take each case for one of its own, are too sure.")
+            points.append(f"The {n} cases are of {people} people: intervals and tests treat their scans as independent, and are too sure.")
         alike = set(self.evaluated.subject) & set(self.trained_on.subject[self.trained_on.split != "test"])
         if self.external and alike and not images and "synthetic" not in self.data:
             points.append(f"{len(alike)} of the people have the label of one who trained or chose ({some(sorted(alike))}): where they are the same, these figures flatter.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import cc3d
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 from scipy.spatial import cKDTree
 
 from .errors import InputError
@@ -176,7 +177,7 @@ def lesion_table(mask: np.ndarray, prob: np.ndarray, affine: np.ndarray) -> pd.D
     max_prob = np.zeros(count)
     np.maximum.at(max_prob, lesion, inside)
     x, y, z = affine[:3, :3] @ np.stack(centres) + affine[:3, 3:]
-    table = pd.DataFrame(dict(voxels=sizes, volume_ml=sizes * abs(np.linalg.det(affine[:3, :3])) / 1000,
+    table = pd.DataFrame(dict(voxels=sizes, volume_ml=sizes * voxel_sizes(affine).prod() / 1000,
                               x_mm=x, y_mm=y, z_mm=z, mean_prob=mean_prob, max_prob=max_prob))
     order = np.lexsort((z, y, x, -sizes))
     table = table.iloc[order].reset_index(drop=True)

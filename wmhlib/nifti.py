@@ -118,7 +118,7 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
             raise InputError(f"{path} is not a NIfTI file but a {type(image).__name__}: expected a 3-D scan")
         shape = image.shape
         if len(shape) < 3 or any(n != 1 for n in shape[3:]):
-            raise InputError(f"{path} has shape {shape}: expected one 3-D volume")
+            raise InputError(f"{path} has shape {shape}: expected one 3-D volume (fslroi in out 0 1 takes the first of several)")
         if min(shape) < 1 or max(shape) > _MAX_SLICES or np.prod(shape, dtype=float) > MAX_VOXELS:
             raise InputError(f"{path} has shape {shape}: expected 1 to {MAX_VOXELS} voxels, {_MAX_SLICES} along an axis at most")
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * voxel_sizes(image.affine).prod():

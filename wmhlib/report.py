@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from . import agreement, uncertainty
 from .captions import caption
 from .evaluation import SYSTEMS, ZERO_SHOT
-from .figures import captioned, save_figure
+from .figures import captioned
 from .metrics import SCORES
 from .wording import figure_in, words
 from .workspace import RunFolder
@@ -126,8 +126,7 @@ def show(figure: Figure, folder: RunFolder, name: str, data: str, n: int) -> Non
     word = words(data)
     if word is not str:
         figure = figure_in(figure, word)
-    save_figure(figure, folder.figures / f"{name}.png")
-    captioned(figure, caption(name, data, n))
+    captioned(figure, caption(name, data, n), folder.figures / f"{name}.png")
 
 
 def _scores(metrics: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:

@@ -158,7 +158,7 @@ def _start(job: Job, progress: bool) -> None:
         raise CheckpointError(f"training.start: {start.best} has adapter.method={theirs.adapter.method} and encoder.bits={theirs.encoder.bits}, this run "
                               f"{mine.adapter.method} and {mine.encoder.bits}: start from a run of the same")
     if origin.get("split") and not same_split(origin["split"], start.split_text()):
-        raise CheckpointError(f"training.start: {start.best} was trained on another split than {start.split_csv} has now: what it has seen is not known")
+        raise CheckpointError(f"training.start: {start.best} was trained on another split than {start.split_csv} has now: what it has seen is not known; put that split.csv back, or start from another run")
     cases, seen = job.run.scans(), start.seen()
     chose = set(start.scans().query("split == 'val'").digest) - set(start.earlier().digest)  # and may again, but not test
     known = cases.case[cases.digest.isin(seen.digest) & (cases.split == "test") | cases.digest.isin(set(seen.digest) - chose) & (cases.split == "val")]

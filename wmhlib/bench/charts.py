@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from ..figures import BLUE, LEGEND, POINTS, VERMILLION, captioned, page, save_figure
+from ..figures import BLUE, LEGEND, POINTS, VERMILLION, captioned, page
 
 _WHO = {"ours": (BLUE, "ours"), "segment_anything": (VERMILLION, "segment_anything, eager"), "eager": (VERMILLION, "straightforward")}
 _PARTS = {"encoder": "o", "MLP": "s", "attention": "^", "decoder": "D"}
@@ -137,8 +137,7 @@ def caption(name: str, machine: str) -> str:
 
 def show(figure: Figure, folder: str | Path, name: str, machine: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    save_figure(figure, Path(folder) / f"{name}.png")
-    captioned(figure, caption(name, machine))
+    captioned(figure, caption(name, machine), Path(folder) / f"{name}.png")
 
 
 def tell_gpu(found: tuple[pd.DataFrame, dict] | None) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..adapters import budget
 from ..compare import pareto
-from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page, save_figure
+from ..figures import BLUE, LEGEND, ORANGE, POINTS, captioned, page
 from ..metrics import SCORES
 from ..precision import best_device
 from ..report import DECIMALS, HEADS, intervals
@@ -84,7 +84,7 @@ CAPTIONS = {
         "fresh process on the CPU. Good: few parameters, a ratio near 1.",
     "pareto":
         "What a parameter buys, {n} test cases ({data}), {seeds} seeds. Decoder, channel adapter and skip are trained by all and not counted here. Good: a point on the line, "
-        "to the left; points whose bars overlap are not told apart here. Names of systems with about as many parameters stand in the order of their Dice.",
+        "to the left; where bars overlap, the paired tests below tell systems apart. Names of systems with about as many parameters stand in the order of their Dice.",
     "tests":
         "Paired differences in Dice between the first-named system and each other over the same {n} test cases ({data}), each the mean of {seeds} seeds: bootstrap "
         "interval over cases, Wilcoxon's signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
@@ -102,8 +102,7 @@ def caption(name: str, data: str, table: pd.DataFrame, machine: str = "") -> str
 
 def show(figure: Figure, folder: str | Path, name: str, words: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    save_figure(figure, Path(folder) / f"{name}.png")
-    captioned(figure, words)
+    captioned(figure, words, Path(folder) / f"{name}.png")
 
 
 def tell(table: pd.DataFrame, words: str) -> None:

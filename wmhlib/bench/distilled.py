@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import BLUE, GREEN, LEGEND, POINTS, VERMILLION, captioned, page, save_figure
+from ..figures import BLUE, GREEN, LEGEND, POINTS, VERMILLION, captioned, page
 from .claims import TARGETS
 
 _PANELS = {
@@ -70,8 +70,7 @@ CAPTIONS = {
 
 def show(figure: Figure, folder: str | Path, name: str, data: str) -> None:
     """Keeps `figure` as <folder>/<name>.png and displays it with its caption."""
-    save_figure(figure, Path(folder) / f"{name}.png")
-    captioned(figure, CAPTIONS[name].format(data=data))
+    captioned(figure, CAPTIONS[name].format(data=data), Path(folder) / f"{name}.png")
 
 
 def tell(table: pd.DataFrame, name: str, data: str) -> None:

@@ -109,6 +109,12 @@ def interpolation(out: int, into: int, start: float, step: float) -> Tensor:
     return torch.from_numpy((weights * ((middles >= 0) & (middles <= into))[:, None]).astype(np.float32))
 
 
+def splines(positions: np.ndarray) -> Tensor:
+    """Cubic B-splines, positions x knots, which lie one apart from -1 on."""
+    away = np.abs(positions[:, None] - np.arange(-1, int(positions.max()) + 3))
+    return torch.from_numpy(np.where(away < 1, 2 / 3 - away**2 + away**3 / 2, np.clip(2 - away, 0, None) ** 3 / 6).astype(np.float32))
+
+
 def shares(out: int, into: int, start: float, step: float) -> Tensor:
     """The same with the share of each voxel of `out` that one of `into` covers."""
     edges, old = (start + np.arange(out) * step)[:, None], np.arange(into)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..errors import InputError
 from ..sections import Augment, Volume
 from ..seeds import stable_seed
 from ..volumes import AIR
-from .boxes import interpolation, shares
+from .boxes import interpolation, shares, splines
 from .store import CaseVolume
 
 _INJECTIVE = 2.48  # a cubic B-spline whose coefficients lie below its knots' distance divided by this has no fold (Choi & Lee 2000, K3)
@@ -99,7 +100,7 @@ def _grid(images: Tensor, settings: Augment, spacing: float, uniform) -> Tensor:
     points = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).expand(len(images), *sizes, 3)
     if settings.elastic:
         apart = max(_KNOTS_MM, 1.01 * _INJECTIVE * settings.elastic)
-        bases = [_spline((at - at[0]) / apart) for at in places]
+        bases = [splines(np.arange(n) * spacing / apart).to(device) for n in sizes]
         field = uniform(settings.elastic / 3**0.5, 3, *(basis.shape[1] for basis in bases)) * uniform(1, 1, 1, 1, 1).abs()
         for basis in bases:
             field = torch.tensordot(field, basis, ([2], [1]))
@@ -120,12 +121,6 @@ def _turn(angles: Tensor, first: int, second: int) -> Tensor:
     matrix[:, first, first] = matrix[:, second, second] = torch.cos(angles)
     matrix[:, first, second], matrix[:, second, first] = -torch.sin(angles), torch.sin(angles)
     return matrix
-
-
-def _spline(places: Tensor) -> Tensor:
-    """Cubic B-splines, places x knots, which lie one apart from -1 on."""
-    away = (places[:, None] - torch.arange(-1, int(places.max()) + 3, device=places.device)).abs()
-    return torch.where(away < 1, 2 / 3 - away**2 + away**3 / 2, (2 - away).clamp(min=0) ** 3 / 6)
 
 
 def _coarsened(image: Tensor, axis: int, factor: float) -> Tensor:

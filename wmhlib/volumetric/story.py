@@ -10,7 +10,6 @@ NETWORKS = {
     "mamba": "a 3-D U-Net of five scales with attention gates (Oktay et al. 2018), selective state spaces (Gu and Dao 2023; Zhu et al. 2024) and memory "
              "attention (Ravi et al. 2024) at the coarse ones, and a head for lesions' borders that opens the last one to them",
 }
-KEPT = "whole validation cases"  # what the Dice was of that chose the epoch
 
 
 def card(recipe: Recipe) -> dict[str, str]:
@@ -35,7 +34,7 @@ def network(recipe: Recipe, counts: dict) -> str:
 def draws(recipe: Recipe) -> tuple[str, str]:
     """What a batch counts, and what an epoch trains on."""
     volume = recipe.volume
-    return f"patches of {_voxels(volume.patch)}", f"on {volume.patches} patches of each case, {100 * volume.lesion_share:g} % of them with a lesion in the middle half, or towards a side where the box ends"
+    return f"patches of {_voxels(volume.patch)}", f"on {volume.patches} patches of each case, {100 * volume.lesion_share:g} % of them with a lesion voxel in their middle half (nearer a side at the box's edge)"
 
 
 def inference(recipe: Recipe) -> str:

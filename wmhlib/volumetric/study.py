@@ -42,7 +42,7 @@ CAPTIONS = {
     "results":
         "Mean over {n} test cases ({data}) and {seeds}, in brackets the 95 % bootstrap interval over cases (none below five): one view at 0.5, "
         "weights of the epoch that was best on validation cases; the ensemble averages the probabilities. Good: high Dice, recall and F1, low HD95 "
-        "and AVD; intervals that overlap are not told apart here.",
+        "and AVD; where intervals overlap, the paired tests below tell systems apart.",
     "tests":
         "Paired differences in Dice of the baseline against each other on the same {n} test cases ({data}): bootstrap interval over cases, Wilcoxon's "
         "signed-rank test, p adjusted after Holm. Good: a small p means more than these cases; a large one is no proof of equality.",
