@@ -31,6 +31,20 @@ def test_later_changes_to_a_state_do_not_reach_its_file(new_keeper, trouble, run
     assert torch.equal(new_keeper().newest(same)["network"]["a.weight"], torch.ones(3, 5))
 
 
+def test_what_waits_is_not_delivered_into_a_run_that_another_has_taken_over(new_keeper, trouble, run):
+    with pytest.raises(CheckpointError, match="another session"), new_keeper() as keeper:
+        keeper.claim()
+        until(run.session.exists)
+        keeper.hold()
+        trouble.begin("io", run.path)
+        keeper.write(run.history_csv, b"mine")
+        run.session.write_bytes(b"another")
+        threading.Timer(0.1, trouble.begin, [""]).start()
+        keeper.hold()
+    until(no_delivery)
+    assert not run.history_csv.exists() and not any("lacks files" in text for text in keeper.said)
+
+
 @pytest.mark.parametrize("kind", ["full", "io", "fsync", "flipped", "truncated", "read back", "rename lost"])
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_run_folder_that_fails_is_tried_until_all_is_in_place_and_said_once(new_keeper, trouble, run, kind, direct):

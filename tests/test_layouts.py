@@ -264,10 +264,10 @@ def test_scans_to_predict_need_no_mask(touch):
 
 
 def test_scans_in_another_layout_than_the_others_are_named(touch, capsys):
-    folder = touch("sub-01_FLAIR.nii.gz", "P2_FLAIR.nii.gz", *challenge("Utrecht/1")[:2], "Utrecht/1/orig/FLAIR.nii.gz", "derivatives/fsl/FLAIR_brain.nii.gz")
+    folder = touch("sub-01_FLAIR.nii.gz", "sub-01_FLAIR_reg.nii.gz", "sub-77_flair.nii.gz", "P2_FLAIR.nii.gz", *challenge("Utrecht/1")[:2], "Utrecht/1/orig/FLAIR.nii.gz", "derivatives/fsl/FLAIR_brain.nii.gz")
     assert cohort.find_scans(folder).case.tolist() == ["Utrecht_1", "sub-01"]
     printed = capsys.readouterr().out
-    assert "left out 1 scans" in printed and "P2_FLAIR.nii.gz" in printed
+    assert "left out 2 scans" in printed and "P2_FLAIR.nii.gz" in printed and "sub-77_flair.nii.gz" in printed
 
 
 def test_a_plain_folder_gives_its_flair_files_and_not_their_results(touch):

@@ -13,6 +13,8 @@ from wmhlib.pretext import LABELS, Pretext, draw_parts
 from wmhlib.processes import StepStatistics
 from wmhlib.sections import Adapter
 from wmhlib.sections import Pretext as Weights
+from wmhlib.slicestore import CaseSlices
+from wmhlib.tasks import Slices
 
 RECIPE = replace(preset("smoke"), pretext=Weights(tissue=0.5, prompts=2.0, mlp=16), adapter=Adapter(method="full"))
 
@@ -67,9 +69,13 @@ def test_tissue_loss_is_small_for_the_right_answer_and_ignores_other_pathology(l
     assert pretext.losses(right, labels, torch.Generator())["tissue"] < 1e-3
 
 
-def test_cases_without_tissues_are_an_error():
+def test_cases_without_tissues_are_an_error_and_a_batch_without_is_none():
+    blank = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+    losses = Pretext(RECIPE).losses(torch.randn(1, 256, 4, 4), blank, torch.Generator())
+    assert sum(losses.values()) == 0 and sum(losses.values()).requires_grad
+    case = CaseSlices("a", torch.zeros(1, 1, 64, 64), blank[0])
     with pytest.raises(InputError, match="cohort.scanners"):
-        Pretext(RECIPE).losses(torch.randn(1, 256, 4, 4), torch.ones(1, 1, 64, 64, dtype=torch.uint8), torch.Generator())
+        Slices(RECIPE).validation_places([case], [case])
 
 
 def test_a_base_learns_everything_at_once(labels):

@@ -5,15 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from wmhlib import prompting
 from wmhlib.errors import InputError
 from wmhlib.medsam import build_encoder
 from wmhlib.network import WMHNet
 from wmhlib.presets import preset
-from wmhlib.promptable import Promptable
-from wmhlib.volumes import load_case
+from wmhlib.promptable import Promptable, three_channels
+from wmhlib.volumes import case_canvas, load_case
 
 SMOKE = preset("smoke", "encoder.grid=16 inputs.fov=100")
 
@@ -144,7 +143,10 @@ def test_a_case_without_a_lesion_has_an_empty_zero_shot_mask(obedient, boxy):
 
 def test_a_base_with_three_channels_of_its_own_is_fed_as_medsam(recipe, tmp_path, boxy):
     state = {name: value for name, value in torch.load(recipe.encoder.checkpoint).items() if not name.startswith("channel_adapter.")}
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "medsam.safetensors")
     torch.save(state, tmp_path / "medsam.pth")
     engine = prompting.PromptEngine(dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, checkpoint=str(tmp_path / "medsam.pth"))), "cpu")
-    assert engine.adapter is None and engine.zero_shot(boxy()).shape == boxy().mask.shape and engine.pixels == "medsam"
+    case, seen = boxy(), []
+    engine.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    assert engine.adapter is None and engine.zero_shot(case).shape == case.mask.shape
+    places = torch.from_numpy(prompting.lesion_boxes(case.mask, case.grid)[0]).unique()
+    torch.testing.assert_close(torch.cat(seen), three_channels(case_canvas(case, engine.size, places).transpose(0, 1), "medsam"))

@@ -47,7 +47,8 @@ class Keeper:
         self.source: Path | None = None  # the file that `newest` took
         self._say = say or (lambda text: print(text, flush=True))
         self._whole: set[Path] = set()  # checkpoints seen to be good
-        self._token, self._before, self._held = secrets.token_bytes(8), b"", False
+        self._token, self._held = secrets.token_bytes(8), False
+        self._before: bytes | None = b""  # None: not known
         for folder in (run.path, self.local):
             storage.sweep(folder)
             storage.sweep(folder / run.checkpoints.name)
@@ -79,8 +80,10 @@ class Keeper:
 
     def claim(self) -> None:
         """Makes the run that of this process: another that still trains it stops in its next `hold`."""
-        with contextlib.suppress(OSError):
-            self._before = self.run.session.read_bytes()  # may lie there until ours arrives
+        try:  # may lie there until ours arrives
+            self._before = self.run.session.read_bytes()
+        except OSError as error:
+            self._before = b"" if isinstance(error, FileNotFoundError) else None
         self.write(self.run.session, self._token)
 
     def hold(self) -> None:
@@ -88,8 +91,11 @@ class Keeper:
         with contextlib.suppress(OSError):  # a folder that is gone for a while tells nothing
             there = self.run.session.read_bytes() if self.run.session.exists() else b""
             ended = not there and self._held and any(self.run.path.iterdir())  # another claimed it and is done
+            if self._before is None and not self._held:
+                self._before = there
             self._held = there == self._token
             if ended or there not in (b"", self._token, self._before):
+                self._delivery.abandon()
                 raise CheckpointError(f"another session goes on with the training in {self.run.path}: this one stops and leaves it the folder. "
                                       "To train anew beside it, choose another run folder")
 

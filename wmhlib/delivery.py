@@ -43,7 +43,7 @@ class Version:
 class Delivery:
     """Delivers to `folder`, at once if `direct`, by way of `local` if not or if that fails, or of memory where that fails too.
 
-    A checkpoint goes only when every file sent before it is in place. `placed(folder, version)` is called after each success, in
+    A checkpoint goes only when every file sent before it is in place, or lost. `placed(folder, version)` is called after each success, in
     the thread that had it; trouble is said once through `say` when it begins and when it is over, and the file is tried again
     after `backoff[0]` seconds, then twice as long each time up to `backoff[1]`. What an earlier process left in `local` is
     delivered first.
@@ -87,6 +87,13 @@ class Delivery:
             self._abandoned = True
             self._change.notify_all()
             return list(self._pending.values())
+
+    def abandon(self) -> None:
+        """Deliver nothing of what waits."""
+        with self._change:
+            self._pending.clear()
+            self._abandoned = True
+            self._change.notify_all()
 
     def _keep(self) -> None:
         try:

@@ -6,6 +6,7 @@ counts pixels, and mL are thousands of pixels.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,15 @@ def candidates(place: str | Path) -> list[dict]:
     named = [name for name in columns if name in _NAMES]
     if len(named) != 1 or columns.count("split") != 1:
         raise InputError(f"{table} has the columns {', '.join(columns)}: expected one of {', '.join(_NAMES)} with the images' names, and split")
-    pictures, masks = (_files(place / folder) for folder in ("images", "masks"))
+    pictures, masks = defaultdict(list), defaultdict(list)
+    for folder, by_name in (("images", pictures), ("masks", masks)):
+        for path in _files(place / folder):
+            by_name[path.stem].append(path)
     rows, problems, first = [], [], {}
     for line, cells in lines:
         name, part = Path(cells[named[0]].replace("\\", "/")).name, cells["split"]
         stem = Path(name).stem if is_image(name) else name
-        found = [path for path in pictures if path.name == name or path.stem == name]
-        mask = [path for path in masks if path.stem == stem]
+        found, mask = [path for path in pictures[stem] if name in (path.name, stem)], masks[stem]
         wrong = [] if len(found) == 1 else [f"images/ has {_some(found)} of this name"]
         wrong += [] if len(mask) == 1 else [f"masks/ has {_some(mask)} of this name"]
         wrong += [] if part.lower() in _GROUPS else [f"its split is {part!r}, not train, val or test"]
@@ -72,7 +75,7 @@ def candidates(place: str | Path) -> list[dict]:
 
 
 def read(path: str | Path) -> np.ndarray:
-    """The pixels of an image, float32 H x W x 3 (red, green, blue; all the same of a grey one) as the file has them. Raises InputError for what cannot
+    """The pixels of an image, float32 H x W x 3 (red, green, blue; all the same of a grey one), upright where its EXIF says how. Raises InputError for what cannot
     be read, and for an image of one value."""
     pixels = _values(path, "RGB")
     if not np.isfinite(pixels).all() or pixels.min() == pixels.max():
@@ -105,7 +108,7 @@ def normalise(pixels: np.ndarray, inner: np.ndarray, channels: tuple[str, ...], 
     `inner`, over the standard deviation there of the grey image. One scale for all keeps a channel that shows little (blue, in a photograph of
     a retina) from being nothing but its noise. Raises InputError where that image is constant."""
     grey = pixels.mean(-1)
-    if np.ptp(grey[inner]) == 0:
+    if not inner.any() or np.ptp(grey[inner]) == 0:
         raise InputError(f"{path} shows one value in all of its {np.count_nonzero(inner)} pixels that are not dark: expected an image, not a mask")
     planes = dict(zip(("red", "green", "blue", "grey"), (*np.moveaxis(pixels, -1, 0), grey)))
     return np.stack([(planes[name] - np.median(planes[name][inner])) / grey[inner].std() for name in channels]).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import defaultdict
@@ -43,7 +44,7 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
     if place.is_dir():
         files = _files(place)
         found, plain = _challenge(files, place, contrast) + bidslayout.find(files, place, contrast, labelled), _plain(files, place, contrast)
-        if found and not labelled:
+        if found:
             _tell_left_out(found, plain, place)
         return found or plain
     if place.is_file() and place.suffix.lower() in (".csv", ".tsv"):
@@ -56,10 +57,12 @@ def candidates(place: str | Path, labelled: bool, contrast: str = "flair") -> li
 def _tell_left_out(found: list[dict], plain: list[dict], place: Path) -> None:
     """Names the scans of a folder whose others are in a layout that these are not in: results and sources of those `found` aside."""
     cases = [path.parent.parent for row in found for path in row["flair"] if path.parent.name == "pre"]
-    own = [path for row in plain for path in row["flair"] if not path.name.startswith("sub-") and "derivatives" not in path.relative_to(place).parts]
+    people = {(path.parent, path.name.partition("_")[0]) for row in found for path in row["flair"]}
+    own = [path for row in plain for path in row["flair"]
+           if (path.parent, path.name.partition("_")[0]) not in people and "derivatives" not in path.relative_to(place).parts]
     others = [str(path) for path in own if not any(case in path.parents for case in cases)]
     if others:
-        print(f"left out {len(others)} scans of {place}, whose others are named as in BIDS or the challenge; give them by themselves:{listed(others)}", flush=True)
+        print(f"left out {len(others)} scans of {place}, whose others are named as in BIDS or the challenge; give them by themselves, or all in a table:{listed(others)}", flush=True)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -145,7 +148,7 @@ def _table(path: Path, labelled: bool, contrast: str) -> list[dict]:
             site, subject, group = clean(site) or path.parent.name, subject or stem(cells["flair"]), ""
         case = clean("_".join((site, subject, *([f"ses-{session}"] if session else []))))
         wrong = [f"{name} is empty" for name, text in dict(subject=subject, site=site, flair=cells["flair"]).items() if not text]
-        wrong += [f"{role} file {file} does not exist" for role, file in files.items() if labelled and not file.is_file()]
+        wrong += [f"{role} file {file} does not exist" for role, file in files.items() if labelled and not os.path.isfile(file)]
         wrong += [f"group is {group!r}, not training, test or empty"] if group.lower() not in _GROUPS else []
         wrong += ["more cells than columns"] if None in cells else []
         if not labelled and case in first:
@@ -169,8 +172,7 @@ def _place(folder: Path, name: str) -> Path:
     try:
         path = folder / Path(name).expanduser()
         path.stat()
-    except FileNotFoundError:
-        return path
-    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL in it
-        return folder / clean(name)[:100]
+    except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, a NUL in it
+        if not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG:
+            return folder / clean(name)[:100]
     return path

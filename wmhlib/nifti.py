@@ -13,7 +13,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from PIL import Image
 
 from . import images as pictures
-from .errors import InputError
+from .errors import InputError, some
 from .files import atomic, disk_error
 
 MAX_VOXELS, _MAX_SLICES = 1 << 28, 2048
@@ -66,7 +66,7 @@ def load_mask(path: str | Path, like: Volume) -> np.ndarray:
     check_grid(path, image, like)
     labels = np.rint(data)  # a scaled integer file holds 1 as 1.00002
     if not np.isin(labels, (0, 1, 2)).all() or np.abs(data - labels).max() > 0.01:
-        raise InputError(f"{path} holds the labels {_some(np.unique(data))}: expected only 0, 1 (lesion) and 2 (other pathology); save it with these values")
+        raise InputError(f"{path} holds the labels {some(f'{label:g}' for label in np.unique(data))}: expected only 0, 1 (lesion) and 2 (other pathology); save it with these values")
     return labels.astype(np.uint8)
 
 
@@ -110,8 +110,8 @@ def _read(path: str | Path) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]
     if pictures.is_image(path):
         grey = pictures.read(path).mean(-1)[..., None]
         return nib.Nifti1Image(grey, pictures.AFFINE), grey
-    need_file(path)
     try:
+        need_file(path)
         _refuse_bomb(path)
         image = nib.load(path)
         if not isinstance(image, nib.spatialimages.SpatialImage):
@@ -154,7 +154,3 @@ def _refuse_bomb(path: str | Path) -> None:
         with gzip.open(path) as file:
             if sum(len(block) for block in iter(lambda: file.read(1 << 20), b"")) > largest:
                 raise InputError(f"{path} unpacks to more than {largest >> 20} MB: expected a scan")
-
-
-def _some(values: np.ndarray) -> str:
-    return ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")

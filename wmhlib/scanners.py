@@ -165,7 +165,7 @@ class RandomScan(Scan):
 
 
 def _site(rng: np.random.Generator, own: bool) -> Site:
-    """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.8 to 1.3 mm, any direction of the axes. A quarter of them stand
+    """A grid: 2.5 to 8.5 mm from slice to slice, in-plane voxels of 0.75 to 1.4 mm, any direction of the axes. A quarter of them stand
     for 3-D scans: thin slices, of which there is one every few millimetres. The folds of one person's `own` brain are moved the more."""
     step = rng.uniform(2.5, 4) if rng.random() < 0.5 else rng.uniform(4, 8.5)
     thin = rng.random() < 0.25

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from .errors import InputError
+from .files import disk_error
 
 
 def table_rows(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]], list[str]]:
@@ -21,6 +22,8 @@ def table_rows(path: Path, delimiter: str = "") -> tuple[list[tuple[int, dict]],
         rows = [(reader.line_num, {name: value.strip() if isinstance(value, str) else value for name, value in row.items()}) for row in reader]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): save it as 'CSV UTF-8'") from None
+    except OSError as error:
+        raise disk_error(path, error) from error
     except csv.Error as error:
         raise InputError(f"{path} is not a table ({error}): save it as 'CSV UTF-8'") from None
     return [(line, row) for line, row in rows if any(row.values())], columns

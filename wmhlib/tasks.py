@@ -46,10 +46,13 @@ class Slices:
         return draw_slices(cases, training.train_negatives, stable_seed(seed, "slices", epoch))
 
     def validation_places(self, train: list[CaseSlices], val: list[CaseSlices]) -> list[tuple[int, int]]:
-        """What every validation looks at. Raises InputError where no case has a lesion there, or to train on."""
+        """What every validation looks at. Raises InputError where no case has a lesion there, or to train on, and where `pretext` wants
+        tissue labels that no case to train on has."""
         for part, cases in (("training", train), ("validation", val)):
             if not any(len(case.lesions()) for case in cases):
                 raise InputError(f"no {part} case has a lesion: add cases with lesions, or split these otherwise, in another run folder (seed, split.val)")
+        if (self.recipe.pretext.tissue or self.recipe.pretext.prompts) and not any((case.labels > 2).any() for case in train):
+            raise InputError("the training cases have no tissue labels, which pretext losses need: set cohort.scanners to 'mixed'")
         return draw_slices(val, self.recipe.training.val_negatives, self.recipe.seed)
 
     def batch(self, cases: list[CaseSlices], places: list[tuple[int, int]], device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
