@@ -1,12 +1,8 @@
-import io
 import itertools
-import random
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from wmhlib import storage
 from wmhlib.errors import CheckpointError
@@ -39,12 +35,3 @@ def test_network_file_systems_are_told_from_disks_of_this_machine(tmp_path, monk
     monkeypatch.setattr(Path, "read_text", lambda self: table)
     found = [storage.remote(Path(place)) for place in ("/content/drive/MyDrive/run", tmp_path / "a b" / "run", tmp_path / "usb", tmp_path, "/content/drivel")]
     assert found == [True, True, False, False, False]
-
-
-def test_every_generator_goes_on_where_it_was():
-    before = storage.random_states()
-    draw = [random.random(), np.random.rand(), torch.rand(1).item()]
-    buffer = io.BytesIO()
-    torch.save(before, buffer)
-    storage.restore_random_states(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
-    assert [random.random(), np.random.rand(), torch.rand(1).item()] == draw

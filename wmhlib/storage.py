@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import stat
 import tempfile
@@ -16,7 +15,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .errors import CheckpointError
@@ -154,22 +152,6 @@ def waits(first: float, longest: float) -> Iterator[float]:
     while True:
         yield min(first, longest)
         first = min(2 * first, longest)
-
-
-def random_states() -> dict:
-    """States of the generators of Python, numpy, torch and each GPU, as plain data and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def restore_random_states(states: dict) -> None:
-    """Set what `random_states` gave; those of GPUs only where there are as many."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _manifest(path: Path, data: bytes | memoryview, digest: str) -> dict:

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
-from . import hardware, storage
+from . import hardware
 from .adapters import budget
 from .checkpoints import Keeper
 from .epochs import Job, train_epoch, validate
@@ -42,7 +42,7 @@ from .splits import check_split, tell_unused
 from .trained import read_weights, weights_bytes
 from .workspace import MINISAM, RunFolder, same_split
 
-_STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "random", "best")
+_STATE = ("origin", "history", "network", "optimizer", "scaler", "average", "ranks", "best")
 
 
 def fit(run: RunFolder, progress: bool = True) -> pd.DataFrame:
@@ -206,7 +206,7 @@ def _state(job: Job, origin: dict[str, str], history: list[dict], best: bytes) -
     scaler = job.accelerator.scaler
     return {"origin": origin, "history": history, "network": job.network.trained_state(), "optimizer": job.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else {}, "average": job.average.state, "ranks": job.ranks.state,
-            "random": storage.random_states(), "best": torch.frombuffer(bytearray(best), dtype=torch.uint8)}
+            "best": torch.frombuffer(bytearray(best), dtype=torch.uint8)}
 
 
 def _differing(state: dict, origin: dict[str, str]) -> list[str]:
@@ -247,7 +247,6 @@ def _resume(job: Job, origin: dict[str, str], progress: bool) -> tuple[list[dict
     job.optimizer.load_state_dict(state["optimizer"])
     job.average.load(state["average"])
     job.ranks.load(state["ranks"])
-    storage.restore_random_states(state["random"])
     if job.accelerator.scaler and state["scaler"]:
         job.accelerator.scaler.load_state_dict(state["scaler"])
     best = state["best"].numpy().tobytes()
