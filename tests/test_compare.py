@@ -64,9 +64,15 @@ def test_cells_are_trained_once_on_the_same_cases_and_jobs_share_them(new_run, t
         compare.train(run, NAMED, (0,), tmp_path, TINY, progress=False)
 
 
-def test_the_recipe_is_scored_with_every_view_too(new_run, tmp_path):
-    scores = compare.train(new_run("run"), {compare.BASELINE: ""}, (0,), tmp_path, TINY, progress=False)
-    assert scores.system.unique().tolist() == [compare.BASELINE, compare.TTA]
+def test_the_recipe_is_scored_with_every_view_too_and_a_system_that_is_the_recipe_is_not_trained_again(new_run, tmp_path):
+    run = new_run("run")
+    ranks = run.recipe().adapter
+    same = {f"lora {ranks.rank_attention}": f"adapter.method=lora adapter.rank_attention={ranks.rank_attention} adapter.rank_mlp={ranks.rank_mlp}"}
+    scores = compare.train(run, same | {compare.BASELINE: ""}, (0,), tmp_path, TINY, progress=False)
+    assert scores.system.unique().tolist() == [*same, compare.BASELINE, compare.TTA]
+    assert [path.name for path in tmp_path.glob("*_seed_*")] == ["recipe_seed_0"]
+    one, other = (scores[scores.system == name].drop(columns="system").reset_index(drop=True) for name in (*same, compare.BASELINE))
+    pd.testing.assert_frame_equal(one, other)
 
 
 def test_a_system_is_scored_in_one_view_and_other_pathology_counts_nowhere(tiny_nifti):

@@ -108,14 +108,18 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
 
     `named` gives each system's overrides of the recipe of `run`, after `overrides`, those of all. A cell is a run folder of its own in
     `folder`; one that was interrupted goes on. `share` "i/n" does every n-th cell from the i-th alone, so that n jobs share the grid; none
-    waits for another. Returns the scores of every system whose seeds are all finished, a row a test case, as
-    `score_cases` gives it.
+    waits for another. A system that changes nothing in the recipe, as LoRA at its own ranks, is not trained beside "recipe": it has the scores
+    of that. Returns the scores of every system whose seeds are all finished, a row a test case, as `score_cases` gives it.
 
     Raises InputError where there are fewer cells than jobs, or `folder` holds cells of other cases; RecipeError where it holds those of
     another recipe.
     """
     mine, jobs = job_of(share)
-    grid = [(name, seed) for name in named for seed in seeds]
+    trained = {name: name for name in named}  # whose cells have a system's scores
+    if BASELINE in named:
+        recipe = run.recipe().afresh().with_overrides(overrides)
+        trained |= {name: BASELINE for name, changes in named.items() if recipe.with_overrides(changes) == recipe}
+    grid = [(name, seed) for name in named if trained[name] == name for seed in seeds]
     if jobs > len(grid):
         raise InputError(f"share {share} of {len(grid)} cells: expected at most {len(grid)} jobs")
     for name, seed in grid:
@@ -126,7 +130,7 @@ def train(run: RunFolder, named: dict[str, str], seeds: tuple[int, ...], folder:
             fit(place, progress=False)
             cases = place.cases().query("split == 'test'")
             write_table(score_cases(WMHInferenceEngine.from_run(place), cases, name, seed), place.path / "scores.csv")
-    return _finished(named, seeds, folder)
+    return _finished(trained, seeds, folder)
 
 
 def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
@@ -134,11 +138,12 @@ def cell(folder: str | Path, name: str, seed: int) -> RunFolder:
     return RunFolder(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_seed_{seed}")
 
 
-def _finished(named: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
+def _finished(trained: dict[str, str], seeds: tuple[int, ...], folder: str | Path) -> pd.DataFrame:
     found = [pd.DataFrame(columns=["system", "seed", "case", "site", *SCORES, *VOLUMES])]
-    for name in named:
-        paths = [cell(folder, name, seed).path / "scores.csv" for seed in seeds]
-        found += map(read_table, paths) if all(path.exists() for path in paths) else []
+    for name, own in trained.items():
+        paths = [cell(folder, own, seed).path / "scores.csv" for seed in seeds]
+        tables = map(read_table, paths) if all(path.exists() for path in paths) else ()
+        found += tables if name == own else (table[table.system == own].assign(system=name) for table in tables)
     return pd.concat(found[1:] or found, ignore_index=True)
 
 
