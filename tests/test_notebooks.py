@@ -133,7 +133,7 @@ def test_a_point_chosen_on_other_labelled_cases_goes_with_the_same_weights_and_i
     assert set(cases.split) == {"train", "val"} and cases.case.is_unique and (cases.split == "val").sum() == 3
     assert set(run.seen().digest) < set(out.seen().digest) and not set(cases.digest) & set(out.earlier().digest)
     story = methods.Story.of(out, run, adapters.budget(mine.model))
-    assert "chosen on 3 synthetic cases:" in story.card().to_string() and "On the 3 validation cases" in story.paragraph()
+    assert "6 synthetic cases, chosen on 3 real scans:" in story.card().loc["trained on"].item() and "On the 3 validation cases" in story.paragraph()
     for place, folder, reason in ((run.path / "data", out, "were used to train"), (data, run, "holds another run")):
         with pytest.raises(InputError, match=reason):
             opening.open_tuning(run, str(place), str(folder.path))
