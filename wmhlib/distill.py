@@ -192,7 +192,7 @@ class _Job:
         """Loss, feature and mask loss (NaN where no mask was asked for) of the items at `places`, and the masks of student, teacher and truth (bool N x S x S), where there are any."""
         settings = self.settings
         images, labels = self._slices(places)
-        target, seen = self.kept[places].to(self.device), self._three(images)
+        target, seen = self.kept[places].to(self.device), self._three(images)  # outside of autocast, as the teacher saw it
         with autocast(self.device, self.precision):
             features = self.student(seen)
         feature = feature_loss(features, target, self.mean, self.std, settings.feature)

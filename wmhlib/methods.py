@@ -80,7 +80,7 @@ class Story:
 
     def others(self) -> str:
         """What the `earlier` cases did."""
-        return "chose the epoch, or had trained or chosen the weights that training started from" if self.tuned() else "had trained or chosen the weights that training started from"
+        return "chose the epoch, or " * self.tuned() + "had trained or chosen the weights that training started from"
 
     def heading(self) -> str:
         """One sentence: what was evaluated on what."""
@@ -123,12 +123,13 @@ class Story:
         what, drawn = story.draws(recipe) if whole else ("slices", f"on all slices with lesions and {100 * training.train_negatives:g} % of the others")
         kept = f"The weights of epoch {self.best_epoch} were kept" + f", averaged over the steps (decay {training.ema:g})" * bool(training.ema)
         begun = f"{len(self.earlier)} other cases ({_sites(self.earlier)}) {self.others()}. " * (len(self.earlier) > 0)
-        chosen = "those other cases" if self.tuned() else "validation cases"
         if self.tuned():
+            chosen = "those other cases"
             train, val = (self.trained_on[self.trained_on.split == part] for part in ("train", "val"))
             cases = (f"The network was trained on {len(train)} {self.source('train')} ({_sites(train)}), its operating point chosen on {len(val)} {self.source('val')} "
                      f"({_sites(val)}), the validation cases below")
         else:
+            chosen = "validation cases"
             cases = (f"{len(self.trained_on)} {self.source('train', 'val', 'test')} ({_sites(self.trained_on)}) were split {_PROTOCOLS[recipe.split.protocol]} into "
                      f"{parts.get('train', 0)} training, {parts.get('val', 0)} validation and {parts.get('test', 0)} test cases (seed {recipe.seed}){_SUBJECTS * (not images)}")
         text = (
